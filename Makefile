@@ -1,0 +1,47 @@
+# make demo   installs into .venv and runs the main job on the shipped sample
+# make test   installs into .venv and runs the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# torch first and by its exact version: any other spelling lets pip pull several gigabytes of CUDA packages onto a CPU machine
+TORCH  ?= torch==2.13.0
+OUT    ?= demo-output
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.run: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[onnxruntime]" "$(TORCH)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[dev]" "$(TORCH)"
+	touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run
+	$(BIN)/trexport demo -o $(OUT) --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist

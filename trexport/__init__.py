@@ -1,0 +1,1 @@
+"""trexport: trained adapters to production."""

@@ -1,0 +1,51 @@
+"""Reading the fields of a spec from JSON, with errors that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trlora.errors import SpecError, nearest
+
+
+def check_known(kind: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise `SpecError` for a field that `known` does not list."""
+    known = list(known)
+    for name in fields:
+        if name not in known:
+            raise SpecError(f"{kind}: unknown field {name!r}; it takes {known or 'none'}{nearest(name, known)}")
+
+
+def positive_int(kind: str, name: str, value: Any) -> int:
+    """`value` as an int of at least 1, or `SpecError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{kind}: {name} is {value!r}, expected a whole number of at least 1")
+    return value
+
+
+def positive_ints(kind: str, name: str, value: Any) -> tuple[int, ...]:
+    """`value` as a tuple of ints of at least 1, or `SpecError`."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise SpecError(f"{kind}: {name} is {value!r}, expected a list of whole numbers")
+    return tuple(positive_int(kind, name, item) for item in value)
+
+
+def optional_ints(kind: str, name: str, value: Any) -> tuple[int, ...] | None:
+    """None, or `positive_ints`."""
+    return None if value is None else positive_ints(kind, name, value)
+
+
+def rank_or_ranks(kind: str, value: Any) -> int | tuple[int, ...]:
+    """One rank, or a list with one for each core."""
+    if isinstance(value, (list, tuple)):
+        return positive_ints(kind, "rank", value)
+    return positive_int(kind, "rank", value)
+
+
+def order_of(kind: str, order: Any, *modes: tuple[int, ...] | None) -> int:
+    """The order, which the modes, where given, must have as their number."""
+    result = positive_int(kind, "order", order)
+    for given in modes:
+        if given is not None and len(given) != result:
+            raise SpecError(f"{kind}: order {result} and modes {list(given)} given, expected {result} modes")
+    return result

@@ -1,0 +1,72 @@
+"""Writing files and folders so that whoever looks sees nothing, or the whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for one user; the result is an ordinary file
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path`, put in its place when the block ends well and removed when it does not.
+
+    Raises:
+        FileExistsError: `path` is a file, or a folder with something in it and `overwrite` is not set.
+    """
+    target = Path(path)
+    check_free(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+            try:
+                target.replace(retired)  # onto an empty folder, which a rename may do
+                try:
+                    temporary.replace(target)
+                except BaseException:
+                    retired.replace(target)
+                    raise
+            finally:
+                shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raise `FileExistsError` where `atomic_folder` would refuse: call it before long work."""
+    target = Path(path)
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file, expected a folder or nothing there")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; choose another folder, or pass --overwrite (overwrite=True)")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

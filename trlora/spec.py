@@ -1,0 +1,54 @@
+"""What an adapter is, before any layer is known: a transform and a residual, each described by its own spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar, final
+
+from trlora.errors import SpecError, nearest
+from trlora.residuals import RESIDUALS, NoResidualSpec, ResidualSpec
+from trlora.transforms import TRANSFORMS, IdentityTransformSpec, TransformSpec
+
+_Spec = TypeVar("_Spec", TransformSpec, ResidualSpec)
+
+
+@final
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter's shape-independent description, `W' = W0·T + Δ`.
+
+    >>> AdapterSpec.from_dict({"residual": {"type": "low_rank", "rank": 4}}).to_dict()["transform"]
+    {'type': 'identity'}
+    """
+
+    transform: TransformSpec
+    residual: ResidualSpec
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From `{"transform": {"type": …, …}, "residual": {"type": …, …}}`; a part left out is the trivial one.
+
+        Raises:
+            SpecError: an unknown part, type or field, or a wrong value.
+        """
+        for name in fields:
+            if name not in ("transform", "residual"):
+                raise SpecError(f"adapter: unknown part {name!r}, expected 'transform' and 'residual'")
+        return cls(
+            transform=_read("transform", fields.get("transform", IdentityTransformSpec().to_dict()), TRANSFORMS),
+            residual=_read("residual", fields.get("residual", NoResidualSpec().to_dict()), RESIDUALS),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `from_dict` reads."""
+        return {"transform": self.transform.to_dict(), "residual": self.residual.to_dict()}
+
+
+def _read(part: str, fields: Any, registry: Mapping[str, type[_Spec]]) -> _Spec:
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("type"), str):
+        raise SpecError(f'{part}: {fields!r} given, expected an object with "type", one of {sorted(registry)}')
+    kind = fields["type"]
+    if kind not in registry:
+        raise SpecError(f"{part}: unknown type {kind!r}, expected one of {sorted(registry)}{nearest(kind, registry)}")
+    return registry[kind].from_dict({name: value for name, value in fields.items() if name != "type"})

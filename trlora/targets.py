@@ -1,0 +1,51 @@
+"""Which modules of a model get an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from trlora.errors import TargetError, nearest
+from trlora.layers import AdaptedLinear
+
+Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
+"""A preset's name, a regular expression for the whole path, a list of paths, or a predicate on (path, module)."""
+
+PRESETS: dict[str, str] = {
+    # the paper's: every attention projection of the transformer blocks; 128 layers in Stable Diffusion 1.5
+    "attention": r".*transformer_blocks\.\d+\.attn\d+\.(to_q|to_k|to_v|to_out\.0)",
+    # the feed-forward layers as well
+    "transformer": r".*transformer_blocks\.\d+\.(attn\d+\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
+}
+
+
+def find_targets(model: nn.Module, targets: Targets = "attention") -> dict[str, nn.Linear]:
+    """The `nn.Linear` modules that `targets` chooses, by path, in the model's order.
+
+    Raises:
+        TargetError: nothing is chosen, a listed path does not exist, or a chosen module is no `nn.Linear`.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    if callable(targets):
+        chosen = [path for path, module in modules.items() if targets(path, module)]
+    elif isinstance(targets, str):
+        pattern = re.compile(PRESETS.get(targets, targets))
+        chosen = [path for path in modules if pattern.fullmatch(path)]
+    else:
+        chosen = list(targets)
+        for path in chosen:
+            if path not in modules:
+                raise TargetError(f"no module {path!r} in {type(model).__name__}{nearest(path, modules)}")
+    if not chosen:
+        raise TargetError(f"targets {targets!r} choose no module of {type(model).__name__}; presets: {sorted(PRESETS)}")
+    found: dict[str, nn.Linear] = {}
+    for path in chosen:
+        module = modules[path]
+        if isinstance(module, AdaptedLinear):
+            raise TargetError(f"{path} has an adapter already; use attach_ to add another, or remove_ first")
+        if not isinstance(module, nn.Linear):
+            raise TargetError(f"{path} is a {type(module).__name__}, expected an nn.Linear")
+        found[path] = module
+    return found

@@ -1,0 +1,58 @@
+"""A scale for every input feature. DoRA without its norm is this transform plus a low-rank residual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from trlora.fields import check_known
+from trlora.tensors import take
+from trlora.transforms.base import AbstractTransform
+
+
+@final
+class DiagonalTransform(AbstractTransform):
+    """T = diag(scale), `scale` of shape (features,)."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.features = scale.shape[0]
+        self.scale = nn.Parameter(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def matrix(self) -> Tensor:
+        return torch.diag(self.scale)
+
+    def identity_penalty(self) -> Tensor:
+        return torch.linalg.vector_norm(self.scale - 1)
+
+    def orthogonal_penalty(self) -> Tensor:
+        return torch.linalg.vector_norm(self.scale.square() - 1)
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalTransformSpec:
+    """`{"type": "diagonal"}`; checkpoint key `scale` (in,)."""
+
+    type: ClassVar[str] = "diagonal"
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        check_known("diagonal transform", fields, ())
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type}
+
+    def build(self, features: int, generator: torch.Generator | None = None) -> DiagonalTransform:
+        return DiagonalTransform(torch.ones(features))
+
+    def from_tensors(self, tensors: dict[str, Tensor]) -> DiagonalTransform:
+        return DiagonalTransform(take(tensors, "scale", dims=1))
