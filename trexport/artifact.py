@@ -1,0 +1,100 @@
+"""An artifact on disk: opened, and checked against its manifest and against what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from trexport.errors import ArtifactError, TrexportError
+from trexport.hashing import sha256_of_file
+from trexport.manifest import Manifest
+from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.models.base import Base, open_base
+from trexport.progress import SILENT, Progress
+
+
+@final
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that trexport wrote."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def onnx_path(self) -> Path:
+        """The ONNX model inside.
+
+        Raises:
+            ArtifactError: this artifact is no ONNX model.
+        """
+        models = [name for name in self.manifest.files if name.endswith(".onnx")]
+        if len(models) != 1:
+            raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
+        return self.folder / models[0]
+
+    def sources(
+        self, base: str | None = None, adapters: Sequence[str] = (), *, progress: Progress = SILENT
+    ) -> tuple[Base, list[BoundAdapter]]:
+        """The base and the adapters it was made from, proved to be the same by their hashes.
+
+        Args:
+            base: where the base is now; None for where it was.
+            adapters: likewise; none for where they were.
+
+        Raises:
+            ArtifactError: they have changed since, or are not found.
+        """
+        manifest = self.manifest
+        if adapters and len(adapters) != len(manifest.adapters):
+            raise ArtifactError(f"{len(adapters)} adapters given, the artifact was made from {len(manifest.adapters)}")
+        try:
+            opened = open_base(base or manifest.base.name)
+            names = adapters or [adapter.name for adapter in manifest.adapters]
+            arguments = [f"{name}={record.strength!r}" for name, record in zip(names, manifest.adapters, strict=True)]
+            bound = open_adapters(arguments, opened)
+        except TrexportError as error:
+            raise ArtifactError(
+                f"{self.folder}: what it was made from is not found: {error}; say where it is with --base and --adapter"
+            ) from error
+        if opened.sha256(progress) != manifest.base.sha256:
+            raise ArtifactError(f"{opened.name}: not the base that {self.folder} was made from (its hash differs)")
+        for adapter, record in zip(bound, manifest.adapters, strict=True):
+            if adapter.sha256 != record.sha256:
+                raise ArtifactError(
+                    f"{adapter.name}: not the adapter that {self.folder} was made from (its hash differs)"
+                )
+        return opened, bound
+
+
+def open_artifact(folder: str | Path, *, verify: bool = True, progress: Progress = SILENT) -> Artifact:
+    """Open an artifact.
+
+    Args:
+        verify: check every file's hash against the manifest.
+
+    Raises:
+        ArtifactError: no manifest, a file missing, or a file that changed since it was written.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such folder")
+    artifact = Artifact(path, Manifest.read(path))
+    missing = [name for name in artifact.manifest.files if not (path / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{path}: {missing[0]} is missing, the manifest lists it")
+    if verify:
+        with progress.task("verify", sum((path / name).stat().st_size for name in artifact.manifest.files)) as task:
+            for name, digest in artifact.manifest.files.items():
+                if sha256_of_file(path / name) != digest:
+                    raise ArtifactError(
+                        f"{path / name}: changed or damaged, its hash is not the manifest's; export again"
+                    )
+                task.advance((path / name).stat().st_size)
+        if artifact.manifest.weights_sha256 is not None and open_base(str(path)).sha256(progress) != (
+            artifact.manifest.weights_sha256
+        ):
+            raise ArtifactError(f"{path}: the weights changed, their hash is not the manifest's; merge again")
+    return artifact

@@ -1,0 +1,38 @@
+"""Backends: what runs a UNet. A new one is one file here, one line in `BACKENDS`, one factory in the tests."""
+
+from __future__ import annotations
+
+from trexport.backends.base import AbstractBackend as AbstractBackend
+from trexport.backends.base import Availability as Availability
+from trexport.backends.base import Device as Device
+from trexport.backends.base import OnnxFile as OnnxFile
+from trexport.backends.base import Runner as Runner
+from trexport.backends.base import Source as Source
+from trexport.backends.base import Step as Step
+from trexport.backends.base import TorchModel as TorchModel
+from trexport.backends.onnxruntime import OnnxRuntime
+from trexport.backends.torch import TorchCompile, TorchEager
+from trexport.errors import UsageError
+from trlora.errors import nearest
+
+BACKENDS: dict[str, AbstractBackend] = {
+    backend.name: backend for backend in (TorchEager(), TorchCompile(), OnnxRuntime())
+}
+
+
+def backend_of(name: str) -> AbstractBackend:
+    """The backend called `name`. Raises `UsageError` for an unknown one."""
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}, expected one of {sorted(BACKENDS)}{nearest(name, BACKENDS)}")
+    return BACKENDS[name]
+
+
+def device_of(name: str) -> Device:
+    """`auto` is CUDA where torch sees one, the CPU otherwise."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" or name == "cuda":
+        return name
+    raise UsageError(f"unknown device {name!r}, expected auto, cpu or cuda")

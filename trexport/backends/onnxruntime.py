@@ -1,0 +1,168 @@
+"""ONNX Runtime, on the CPU or CUDA provider, with buffers bound where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step
+from trexport.errors import ArtifactError, MissingError
+from trexport.io_spec import ModelSpec
+from trexport.models.unet import DTYPES
+
+_PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
+_ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # onnx.TensorProto.DataType
+
+
+def open_session(model: str | bytes, device: Device, *, folder: Path | None = None, graph: bool = False) -> Any:
+    """An `onnxruntime.InferenceSession` on exactly the provider of `device`.
+
+    Args:
+        model: a path, or the serialised graph; then `folder` is where its external data lies.
+        graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
+
+    Raises:
+        MissingError: no ONNX Runtime, no such provider in it, or no kernels for the model.
+        ArtifactError: ONNX Runtime does not take the model.
+    """
+    available = _availability(device)
+    if not available.ok:
+        raise MissingError(f"onnxruntime: {available.reason}")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    provider_options: dict[str, str] = {}
+    if device == "cuda":
+        # torch's stream, so that CUDA events see the work; NHWC convolutions are what tensor cores want
+        provider_options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream), "prefer_nhwc": "1"}
+        provider_options["enable_cuda_graph"] = "1" if graph else "0"
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDERS[device], provider_options)])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        text = str(error)
+        if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
+            raise MissingError(
+                f"onnxruntime: its {_PROVIDERS[device]} has no kernel for this model ({text.strip()}); "
+                "use --device cuda, or export in another precision"
+            ) from error
+        raise ArtifactError(f"onnxruntime does not load the model: {text.strip()}") from error
+    if session.get_providers()[0] != _PROVIDERS[device]:
+        raise MissingError(
+            f"onnxruntime: asked for {_PROVIDERS[device]}, it fell back to {session.get_providers()[0]}: its CUDA "
+            "libraries were not found (import torch first, or install the CUDA and cuDNN versions it was built for)"
+        )
+    return session
+
+
+@final
+class _OnnxRuntimeRunner(Runner):
+    def __init__(self, source: OnnxFile, device: Device) -> None:
+        self.spec = source.spec
+        self.device = device
+        self._path = str(source.path)
+        self._session: Any = open_session(self._path, device)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = self._bind(self._session, feeds)
+        step.run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return dict(step.outputs)
+
+    def step(self, feeds: Mapping[str, Tensor]) -> Step:
+        if self.device == "cpu":
+            return self._bind(self._session, feeds)
+        self._session = None  # one copy of the weights at a time
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # the default stream cannot be captured
+            self._session = open_session(self._path, self.device, graph=True)
+            inner = self._bind(self._session, feeds)
+            for _ in range(3):  # allocate, capture, replay
+                inner.run()
+        torch.cuda.synchronize()
+
+        def run() -> None:
+            stream.wait_stream(torch.cuda.current_stream())
+            inner.run()
+            torch.cuda.current_stream().wait_stream(stream)
+
+        return Step(run, inner.inputs, inner.outputs)
+
+    def close(self) -> None:
+        self._session = None
+
+    def _bind(self, session: Any, feeds: Mapping[str, Tensor]) -> Step:
+        import onnxruntime
+
+        inputs = {
+            spec.name: feeds[spec.name].to(self.device, DTYPES[spec.dtype], copy=True).contiguous()
+            for spec in self.spec.inputs
+        }
+        sizes = sizes_of(self.spec, inputs)
+        outputs = {
+            spec.name: torch.empty(spec.shape(sizes), dtype=DTYPES[spec.dtype], device=self.device)
+            for spec in self.spec.outputs
+        }
+        binding = session.io_binding()
+        for name, tensor in inputs.items():
+            element = _ELEMENT_TYPES[tensor.dtype]
+            binding.bind_input(name, self.device, 0, element, list(tensor.shape), tensor.data_ptr())
+        for name, tensor in outputs.items():
+            element = _ELEMENT_TYPES[tensor.dtype]
+            binding.bind_output(name, self.device, 0, element, list(tensor.shape), tensor.data_ptr())
+        options = onnxruntime.RunOptions()
+        if self.device == "cuda":
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+        def run() -> None:
+            session.run_with_iobinding(binding, options)
+
+        return Step(run, inputs, outputs)
+
+
+def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sizes of the free axes, read off the inputs."""
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        for axis, size in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
+            if isinstance(axis, str):
+                sizes[axis] = size
+    return sizes
+
+
+def _availability(device: Device) -> Availability:
+    try:
+        import onnxruntime
+    except ImportError:
+        return Availability(False, None, f"not installed; {_INSTALL}")
+    provider = _PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        reason = f"the installed ONNX Runtime {onnxruntime.__version__} has no {provider}; {_INSTALL}"
+        return Availability(False, onnxruntime.__version__, reason)
+    if device == "cuda" and not torch.cuda.is_available():
+        return Availability(False, onnxruntime.__version__, "this torch sees no CUDA device; use --device cpu")
+    return Availability(True, onnxruntime.__version__)
+
+
+@final
+class OnnxRuntime(AbstractBackend):
+    """ONNX Runtime with IO binding; on CUDA with a CUDA graph and NHWC convolutions."""
+
+    name: ClassVar[str] = "onnxruntime"
+    consumes: ClassVar[type[OnnxFile]] = OnnxFile
+
+    def availability(self, device: Device) -> Availability:
+        return _availability(device)
+
+    def load(self, source: Source, device: Device) -> Runner:
+        assert isinstance(source, OnnxFile)
+        return _OnnxRuntimeRunner(source, device)

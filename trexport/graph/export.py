@@ -1,0 +1,210 @@
+"""`trexport onnx`: the UNet as an ONNX model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import onnx_ir as ir
+import torch
+
+from trexport.errors import ExportError, UsageError
+from trexport.graph.check import check_model
+from trexport.graph.opset import OpsetChoice, choose_opset
+from trexport.graph.passes.fold import fold
+from trexport.graph.passes.metadata import metadata
+from trexport.hashing import sha256_of_file
+from trexport.io_spec import FREE_AXES, Dtype, ModelSpec, default_sizes, downscale_of, unet_spec
+from trexport.manifest import BaseRecord, Manifest, package_versions
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
+from trexport.models.unet import call_arguments, load_unet, merge_into_, random_feeds
+from trexport.progress import SILENT, Progress
+from trlora.files import atomic_folder, check_free
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx_data"
+UNET_FOLDER = "unet"
+
+
+@final
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export."""
+
+    dtype: Dtype = "fp32"
+    opset: int | None = None
+    """None chooses, with the reason in the manifest."""
+    fixed: Mapping[str, int] | None = None
+    """Axes to fix, by name (see `trexport.io_spec.FREE_AXES`); the others stay free. None leaves all free."""
+
+
+def export_onnx(
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Write `OUT/unet/model.onnx`, `model.onnx_data` and `config.json`, and `OUT/trexport.json`, with the adapters merged
+    in; names and layout are optimum's.
+
+    Raises:
+        FileExistsError: `out` holds something and `overwrite` is not set.
+        UsageError: an opset or a size that cannot be.
+        ExportError: the exporter failed, or its result is not a whole model.
+    """
+    options = options or ExportOptions()
+    choice = choose_opset(options.dtype, options.opset)
+    sizes = check_sizes(base.config, options.fixed or {})
+    spec = unet_spec(base.config, options.dtype, options.fixed)
+    check_free(out, overwrite=overwrite)
+    with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
+        base_hash = hashing.submit(base.sha256)
+        model = load_unet(base, options.dtype, progress=progress)
+        merge_into_(model, adapters, progress=progress)
+        with progress.task("export"):
+            graph = _export(model, spec, sizes, choice)
+        unet = folder / UNET_FOLDER
+        unet.mkdir()
+        with progress.task("save", base.size_bytes) as task:
+            _save(graph, unet, lambda written: task.advance(written))
+        names = [name for name, _ in model.named_parameters()]
+        check_model(unet / MODEL_NAME, spec, names)
+        config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (unet / "config.json").write_text(text, encoding="utf-8")
+        with progress.task("hash"):
+            files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(unet.iterdir())}
+        manifest = Manifest(
+            kind="onnx",
+            form="merged" if adapters else "base",
+            dtype=options.dtype,
+            io=spec,
+            base=BaseRecord(base.name, base_hash.result()),
+            adapters=tuple(adapter.record() for adapter in adapters),
+            files=files,
+            opset=choice.opset,
+            opset_reason=choice.reason,
+            versions=package_versions(),
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def check_sizes(config: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
+    """The sizes to trace with: those given, the UNet's own for the rest.
+
+    Raises:
+        UsageError: a size below 1, or a height or width that the UNet's levels do not divide.
+    """
+    multiple = downscale_of(config)
+    for axis, size in given.items():
+        step = multiple if axis in ("height", "width") else 1
+        if size < 1 or size % step:
+            raise UsageError(f"{axis} {size} given, expected a positive multiple of {step}")
+    return default_sizes(config) | dict(given)
+
+
+def trace(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], opset: int) -> torch.onnx.ONNXProgram:
+    """The exporter's program, not optimised: ONNX graph, decomposed torch graph, and names shared by both.
+
+    Raises:
+        ExportError: the exporter failed; its reason is the message.
+    """
+    args, kwargs = call_arguments(random_feeds(spec, sizes))
+    names = [tensor.name for tensor in spec.inputs]
+    with torch.no_grad(), _quiet():
+        try:
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                input_names=names,
+                output_names=[tensor.name for tensor in spec.outputs],
+                dynamic_shapes=_dynamic_shapes(spec, kwargs, multiple=downscale_of(model.config)),  # type: ignore[arg-type]
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise ExportError(f"torch's ONNX exporter failed: {reason}") from error
+    assert program is not None
+    return program
+
+
+def _export(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], choice: OpsetChoice) -> ir.Model:
+    graph = trace(model, spec, sizes, choice.opset).model
+    fold(graph, {name for name, _ in model.named_parameters()})
+    metadata(graph)
+    for value, tensor in zip([*graph.graph.inputs, *graph.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
+        value.shape = ir.Shape(tensor.axes)  # axes by name, where the exporter writes expressions such as 8*h
+    graph.graph.name = "unet"
+    graph.producer_name = "trexport"
+    graph.producer_version = None
+    return graph
+
+
+def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -> dict[str, Any] | None:
+    if not spec.free_axes:
+        return None
+    dims: dict[str, Any] = {}
+    for axis in spec.free_axes:
+        if axis in ("height", "width"):
+            dims[axis] = multiple * torch.export.Dim(f"{axis}_over_{multiple}", min=1)
+        else:
+            dims[axis] = torch.export.Dim(axis, min=1)
+    shapes: dict[str, Any] = {
+        tensor.name: {d: dims[axis] for d, axis in enumerate(tensor.axes) if isinstance(axis, str)}
+        for tensor in spec.inputs
+    }
+    result = {name: shapes[name] for name in ("sample", "timestep", "encoder_hidden_states")}
+    if "added_cond_kwargs" in kwargs:
+        result["added_cond_kwargs"] = {name: shapes[name] for name in kwargs["added_cond_kwargs"]}
+    return result | {"return_dict": None}
+
+
+def _save(graph: ir.Model, folder: Path, advance: Any) -> None:
+    last = 0
+
+    def report(tensor: ir.TensorProtocol, info: Any) -> None:
+        nonlocal last
+        advance(tensor.nbytes)
+
+    ir.save(graph, folder / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, callback=report)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings about its own internals from the user; its errors are raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def free_or_fixed(given: Mapping[str, int | None], *, static: bool, config: Mapping[str, Any]) -> dict[str, int]:
+    """The axes to fix for `--static` and the size options: with `static`, all of them, at the UNet's own sizes where
+    nothing is given; otherwise only those given."""
+    chosen = {axis: size for axis, size in given.items() if size is not None}
+    if not static:
+        return chosen
+    return {axis: chosen.get(axis, default_sizes(config)[axis]) for axis in FREE_AXES}

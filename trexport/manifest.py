@@ -1,0 +1,137 @@
+"""`trexport.json`, the manifest of an artifact: what it is, from what, made how. No times and no paths of its own, so that
+the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self, final
+
+from trexport.errors import ArtifactError
+from trexport.io_spec import Dtype, ModelSpec
+
+MANIFEST_NAME = "trexport.json"
+MANIFEST_VERSION = 1
+_PACKAGES = ("trexport", "torch", "diffusers", "onnx", "onnxscript", "safetensors")
+
+
+@final
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model that an artifact was made from."""
+
+    name: str
+    """As it was given: a folder, a Hub id, `random:…` or `sample:…`."""
+    sha256: str
+    """Of the weights' content, however they are spread over files: see `trexport.hashing.sha256_of_tensors`."""
+
+
+@final
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter in an artifact."""
+
+    name: str
+    """As it was given."""
+    strength: float
+    sha256: str
+    layers: int
+    parameters: int
+
+
+@final
+@dataclass(frozen=True)
+class Manifest:
+    """See the module."""
+
+    kind: Literal["unet", "onnx"]
+    form: Literal["base", "merged"]
+    dtype: Dtype
+    io: ModelSpec
+    base: BaseRecord
+    adapters: tuple[AdapterRecord, ...]
+    files: Mapping[str, str]
+    """File inside the artifact → SHA-256."""
+    weights_sha256: str | None = None
+    """Of a UNet's merged weights, as `BaseRecord.sha256`."""
+    opset: int | None = None
+    opset_reason: str | None = None
+    target_gpu: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": "trexport",
+            "manifest_version": MANIFEST_VERSION,
+            "kind": self.kind,
+            "form": self.form,
+            "dtype": self.dtype,
+            "opset": self.opset,
+            "opset_reason": self.opset_reason,
+            "target_gpu": self.target_gpu,
+            "io": self.io.to_dict(),
+            "base": vars(self.base),
+            "adapters": [vars(adapter) for adapter in self.adapters],
+            "weights_sha256": self.weights_sha256,
+            "files": dict(sorted(self.files.items())),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(
+            kind=fields["kind"],
+            form=fields["form"],
+            dtype=fields["dtype"],
+            io=ModelSpec.from_dict(fields["io"]),
+            base=BaseRecord(**fields["base"]),
+            adapters=tuple(AdapterRecord(**entry) for entry in fields["adapters"]),
+            files=fields["files"],
+            weights_sha256=fields["weights_sha256"],
+            opset=fields["opset"],
+            opset_reason=fields["opset_reason"],
+            target_gpu=fields["target_gpu"],
+            versions=fields["versions"],
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into an artifact's folder."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The manifest of an artifact.
+
+        Raises:
+            ArtifactError: there is none, or it is damaged or newer than this trexport.
+        """
+        file = folder / MANIFEST_NAME
+        if not file.is_file():
+            raise ArtifactError(f"{folder}: no {MANIFEST_NAME}, expected a folder written by trexport")
+        try:
+            fields = json.loads(file.read_bytes())
+            version_found = fields["manifest_version"]
+            if version_found > MANIFEST_VERSION:
+                raise ArtifactError(
+                    f"{file}: manifest_version {version_found} found, this trexport reads up to {MANIFEST_VERSION}; "
+                    "install a newer one"
+                )
+            return cls.from_dict(fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{file}: damaged manifest ({type(error).__name__}: {error})") from error
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of what an artifact's bytes depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

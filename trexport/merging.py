@@ -1,0 +1,216 @@
+"""`trexport merge`: adapters folded into a dense UNet, streamed weight by weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, final
+
+from torch import Tensor
+
+from trexport.errors import TrexportError
+from trexport.hashing import sha256_of_file, sha256_of_tensors
+from trexport.io_spec import Dtype, unet_spec
+from trexport.manifest import BaseRecord, Manifest, package_versions
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import INDEX_NAME, UNET_CLASS, Base
+from trexport.models.unet import layers_of
+from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
+from trexport.models.writer import SafetensorsWriter, bytes_of
+from trexport.progress import SILENT, Progress
+from trlora import LayerAdapter, LayerMerge, MergeReport, merge_layer
+from trlora.files import atomic_folder, check_free
+
+_AHEAD = 4
+"""Tensors computed or hashed ahead of the writing: bounds the memory, keeps both cores busy."""
+
+
+@final
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge is going to do."""
+
+    out: Path
+    tensors: int
+    adapted: int
+    size_bytes: int
+
+
+def plan_merge(base: Base, adapters: Sequence[BoundAdapter], out: Path, dtype: Dtype | None = None) -> MergePlan:
+    """What `merge` would do, nothing written."""
+    entries = [entry for file in base.weights for entry in _target_entries(file, dtype)]
+    return MergePlan(out, len(entries), len(layers_of(adapters)), sum(entry.size_bytes for entry in entries))
+
+
+def merge(
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    out: Path,
+    *,
+    dtype: Dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> MergeReport:
+    """Write a UNet folder that `UNet2DConditionModel.from_pretrained` loads, with the adapters in its weights.
+
+    Every weight is computed in float32 and cast once. File names, shards, the order of the tensors and (unless `dtype`
+    is given) their dtypes stay the base's; the same inputs give the same bytes.
+
+    Raises:
+        FileExistsError: `out` holds something and `overwrite` is not set.
+        TrexportError: no adapter given, or less free disk than the result needs.
+        OSError: the disk filled up all the same. Nothing is left then.
+    """
+    if not adapters:
+        raise TrexportError("no adapter given, there is nothing to merge")
+    check_free(out, overwrite=overwrite)
+    plan = plan_merge(base, adapters, out, dtype)
+    check_disk(out, plan.size_bytes)
+    chosen = dtype or _dtype_of(base)
+    layers = layers_of(adapters)
+    records: list[LayerMerge] = []
+    with (
+        atomic_folder(out, overwrite=overwrite) as folder,
+        _Hashes() as source_hashes,
+        _Hashes() as result_hashes,
+        progress.task("merge", plan.size_bytes) as task,
+    ):
+        for file in base.weights:
+            entries = _target_entries(file, dtype)
+            with (
+                SafetensorsWriter(folder / file.name, entries, file.metadata) as writer,
+                closing(_merged_ahead(file, layers)) as merged,
+            ):
+                for source, target in zip(file.entries, entries, strict=True):
+                    tensor = file.tensor(source.name)
+                    digest = source_hashes.add(source, tensor)
+                    if _layer_of(source.name) in layers:
+                        tensor, record = next(merged)
+                        records.append(record)
+                        digest = None
+                    if tensor.dtype != TORCH_DTYPES[target.dtype]:
+                        tensor = tensor.to(TORCH_DTYPES[target.dtype])
+                        digest = None
+                    result_hashes.add(target, tensor, digest)
+                    writer.write(tensor)
+                    task.advance(target.size_bytes)
+        config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
+        _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
+        if base.index is not None:
+            _write_json(folder / INDEX_NAME, dict(base.index) | {"metadata": {"total_size": plan.size_bytes}})
+        others = [path for path in sorted(folder.iterdir()) if path.suffix == ".json"]
+        Manifest(
+            kind="unet",
+            form="merged",
+            dtype=chosen,
+            io=unet_spec(base.config, chosen),
+            base=BaseRecord(base.name, source_hashes.total()),
+            adapters=tuple(adapter.record() for adapter in adapters),
+            files={path.name: sha256_of_file(path) for path in others},
+            weights_sha256=result_hashes.total(),
+            versions=package_versions(),
+        ).write(folder)
+    return MergeReport(tuple(records))
+
+
+def check_disk(out: Path, size_bytes: int) -> None:
+    """Raise `TrexportError` when the disk of `out` has less free space than `size_bytes`."""
+    parent = next(path for path in [out, *out.absolute().parents] if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        raise TrexportError(
+            f"{out}: the disk has {free / 1e9:.2f} GB free, the result needs {size_bytes / 1e9:.2f} GB; free some, "
+            "or choose another folder"
+        )
+
+
+def _target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:
+    """The file's entries with the dtype they will be written in; integers keep theirs."""
+    if dtype is None:
+        return list(file.entries)
+    floating = {name for name, kind in TORCH_DTYPES.items() if kind.is_floating_point}
+    return [replace(entry, dtype=SHORT_DTYPES[dtype]) if entry.dtype in floating else entry for entry in file.entries]
+
+
+def _layer_of(name: str) -> str:
+    """The module path of a weight's name; something no module is called for any other parameter."""
+    return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def _merged_ahead(
+    file: WeightFile, layers: Mapping[str, list[tuple[LayerAdapter, float]]]
+) -> Iterator[tuple[Tensor, LayerMerge]]:
+    """The merged weights of a file in its order, computed on another thread a few ahead of who takes them."""
+    paths = iter([path for path in map(_layer_of, (entry.name for entry in file.entries)) if path in layers])
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[tuple[Tensor, LayerMerge]]] = deque()
+
+        def submit() -> None:
+            path = next(paths, None)
+            if path is not None:
+                pending.append(pool.submit(lambda: merge_layer(path, file.tensor(f"{path}.weight"), layers[path])))
+
+        for _ in range(_AHEAD):
+            submit()
+        try:
+            while pending:
+                result = pending.popleft().result()
+                submit()
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@final
+class _Hashes:
+    """The hashes of tensors, computed on a thread of their own: hashing releases the interpreter's lock."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._found: dict[str, tuple[Entry, Future[str]]] = {}
+        self._pending: deque[Future[str]] = deque()
+
+    def add(self, entry: Entry, tensor: Tensor, known: Future[str] | None = None) -> Future[str]:
+        """Hash a tensor, unless its hash is `known` already (or will be)."""
+        future = known or self._pool.submit(lambda: hashlib.sha256(bytes_of(tensor)).hexdigest())
+        self._found[entry.name] = (entry, future)
+        self._pending.append(future)
+        if len(self._pending) > _AHEAD:  # a waiting tensor is held in memory
+            self._pending.popleft().result()
+        return future
+
+    def total(self) -> str:
+        """The hash of all of them, see `sha256_of_tensors`."""
+        items = self._found.items()
+        return sha256_of_tensors({name: (future.result(), e.dtype, e.shape) for name, (e, future) in items})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _dtype_of(base: Base) -> Dtype:
+    """The dtype of most of the base's bytes."""
+    sizes: dict[str, int] = {}
+    for file in base.weights:
+        for entry in file.entries:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+    name = max(sizes, key=lambda key: sizes[key])
+    short = {full: dtype for dtype, full in SHORT_DTYPES.items()}
+    if name not in short:
+        raise TrexportError(f"{base.name}: weights in {name}, expected F32, F16 or BF16; pass --dtype")
+    return short[name]
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

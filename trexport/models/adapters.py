@@ -1,0 +1,146 @@
+"""ADAPTER[=STRENGTH] on the command line: a checkpoint bound to a base."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from trexport.errors import TrexportError, UsageError
+from trexport.hashing import sha256_of_file, sha256_of_folder
+from trexport.manifest import AdapterRecord
+from trexport.models.base import Base, sample_folder
+from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, load_adapter
+from trlora.checkpoint import LayerParts
+from trlora.errors import nearest
+from trlora.targets import PRESETS
+
+_STRENGTH = re.compile(r"(?P<name>.+)=(?P<strength>[^=/\\]*)")
+
+
+@final
+@dataclass(frozen=True)
+class BoundAdapter:
+    """An adapter on a base, at a strength."""
+
+    name: str
+    """As it was given, strength excluded."""
+    adapter: Adapter
+    layers: Mapping[str, LayerAdapter]
+    strength: float
+    sha256: str
+
+    def record(self) -> AdapterRecord:
+        return AdapterRecord(self.name, self.strength, self.sha256, len(self.layers), self.adapter.parameters)
+
+
+def open_adapters(arguments: Sequence[str], base: Base) -> list[BoundAdapter]:
+    """Open `ADAPTER[=STRENGTH]` arguments and bind every tensor of each to a layer of the base.
+
+    ADAPTER is a checkpoint folder or file, `sample:digits/NAME`, or `random:tlora:2:6` (random and trained on nothing,
+    for measuring; also `random:tlora-star:2:4`, `random:lora:4`). A strength left out is the checkpoint's own.
+
+    Raises:
+        UsageError: a strength that is no number, an unknown name, or the same adapter twice.
+        CheckpointError: the adapter is refused, or does not fit the base.
+    """
+    bound: list[BoundAdapter] = []
+    for argument in arguments:
+        name, strength = split_strength(argument)
+        if any(name == other.name for other in bound):
+            raise UsageError(f"{name}: given twice; give it once, with the sum of the strengths")
+        if name.startswith("random:"):
+            adapter = _random_adapter(name, base)
+            digest = hashlib.sha256(name.encode()).hexdigest()
+        else:
+            path = adapter_path(name)
+            adapter = load_adapter(path)
+            digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
+        chosen = adapter.config.strength if strength is None else strength
+        bound.append(BoundAdapter(name, adapter, adapter.bind(base.linear_shapes()), chosen, digest))
+    return bound
+
+
+def split_strength(argument: str) -> tuple[str, float | None]:
+    """`PATH=0.5` → (`PATH`, 0.5); a path that exists as it stands is never split.
+
+    Raises:
+        UsageError: what follows the `=` is no finite number.
+    """
+    match = None if Path(argument).exists() else _STRENGTH.fullmatch(argument)
+    if match is None:
+        return argument, None
+    try:
+        strength = float(match["strength"])
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UsageError(
+            f"{argument}: strength {match['strength']!r}, expected a finite number as in {match['name']}=0.8"
+        )
+    return match["name"], strength
+
+
+def adapter_path(name: str) -> Path:
+    """The file or folder of an adapter argument.
+
+    Raises:
+        UsageError: an unknown sample adapter.
+        TrexportError: nothing there.
+    """
+    if name.startswith("sample:"):
+        sample, _, leaf = name.removeprefix("sample:").partition("/")
+        folder = sample_folder(sample) / "adapters"
+        known = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if leaf not in known:
+            names = [f"sample:{sample}/{entry}" for entry in known]
+            raise UsageError(f"{name}: unknown adapter, expected one of {names}{nearest(name, names)}")
+        return folder / leaf
+    path = Path(name)
+    if not path.exists():
+        raise TrexportError(f"{name}: no such adapter file or folder")
+    return path
+
+
+_RANDOM: dict[str, tuple[int, Any]] = {
+    "tlora": (
+        2,
+        lambda t, r: {"transform": {"type": "tensor_ring", "rank": t}, "residual": {"type": "tensor_ring", "rank": r}},
+    ),
+    "tlora-star": (
+        2,
+        lambda t, r: {"transform": {"type": "tensor_ring", "rank": t}, "residual": {"type": "low_rank", "rank": r}},
+    ),
+    "lora": (1, lambda r: {"residual": {"type": "low_rank", "rank": r}}),
+}
+
+
+def _random_adapter(name: str, base: Base) -> Adapter:
+    kind, *ranks = name.removeprefix("random:").split(":")
+    if kind not in _RANDOM or len(ranks) != _RANDOM[kind][0] or not all(rank.isdigit() and int(rank) for rank in ranks):
+        raise UsageError(f"{name}: expected random:tlora:2:6, random:tlora-star:2:4 or random:lora:4 (kind and ranks)")
+    spec = AdapterSpec.from_dict(_RANDOM[kind][1](*map(int, ranks)))
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
+    pattern = re.compile(PRESETS["attention"])
+    layers: dict[str, LayerParts] = {}
+    for path, (rows, columns) in base.linear_shapes().items():
+        if not pattern.fullmatch(path):
+            continue
+        layer = LayerAdapter.from_spec(spec, columns, rows, generator)
+        for parameter in layer.parameters():
+            # as far from the start as training takes an adapter: a change of some percent of the weight
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
+        layers[path] = LayerParts(
+            spec,
+            None if layer.transform.trivial else layer.transform,
+            None if layer.residual.trivial else layer.residual,
+        )
+    if not layers:
+        raise UsageError(f"{name}: {base.name} has no attention projections to adapt")
+    return Adapter(AdapterConfig(default=spec), layers, name)

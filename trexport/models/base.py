@@ -1,0 +1,195 @@
+"""BASE on the command line: where a UNet comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, final
+
+from trexport.errors import BaseError, UsageError
+from trexport.hashing import sha256_of_tensors
+from trexport.models.architectures import ARCHITECTURES
+from trexport.models.weights import Entry, RandomWeights, SafetensorsFile, WeightFile
+from trexport.models.writer import bytes_of
+from trexport.progress import SILENT, Progress
+from trlora.errors import nearest
+
+UNET_CLASS = "UNet2DConditionModel"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
+
+
+@final
+@dataclass(frozen=True)
+class Base:
+    """A UNet before it is a model: its config and its weights on demand."""
+
+    name: str
+    """As it was given."""
+    config: Mapping[str, Any]
+    weights: Sequence[WeightFile]
+    folder: Path | None = None
+    """The pipeline's folder, or the UNet's own where there is no pipeline; None for `random:`."""
+    index: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The shard index, where the weights are sharded."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and its shape."""
+        return {entry.name: entry.shape for file in self.weights for entry in file.entries}
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """The two-dimensional weights, by module path: (out_features, in_features)."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.shapes().items()
+            if name.endswith(".weight") and len(shape) == 2
+        }
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for file in self.weights for entry in file.entries)
+
+    def sha256(self, progress: Progress = SILENT) -> str:
+        """The content hash of the weights, see `trexport.hashing.sha256_of_tensors`: reads all of them."""
+        digests: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+        with progress.task("hash", self.size_bytes) as task, ThreadPoolExecutor(2) as pool:
+
+            def digest(file: WeightFile, entry: Entry) -> None:
+                found = hashlib.sha256(bytes_of(file.tensor(entry.name))).hexdigest()
+                digests[entry.name] = (found, entry.dtype, entry.shape)
+                task.advance(entry.size_bytes)
+
+            for future in [pool.submit(digest, file, entry) for file in self.weights for entry in file.entries]:
+                future.result()
+        return sha256_of_tensors(digests)
+
+
+def open_base(name: str, *, revision: str | None = None, variant: str | None = None) -> Base:
+    """Open a BASE: a diffusers pipeline or UNet folder, a Hub id, `random:NAME`, or `sample:digits`.
+
+    Args:
+        revision: branch, tag or commit of a Hub id.
+        variant: of the weight files, for instance `fp16`.
+
+    Raises:
+        UsageError: an unknown `random:` or `sample:` name.
+        BaseError: nothing there, no weights, or weights that cannot be read.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme == "random" and rest:
+        return _random(name, rest)
+    if scheme == "sample" and rest:
+        return _folder(name, sample_folder(rest), variant)
+    path = Path(name)
+    if path.exists():
+        return _folder(name, path, variant)
+    if _looks_like_hub_id(name):
+        return _folder(name, _download(name, revision, variant), variant)
+    raise BaseError(
+        f"{name}: no such folder; expected a diffusers folder, a Hub id (owner/name), "
+        f"random:{{{','.join(ARCHITECTURES)}}} or sample:digits"
+    )
+
+
+def sample_folder(name: str) -> Path:
+    """The folder of a sample that ships in the package.
+
+    Raises:
+        UsageError: an unknown sample.
+    """
+    root = Path(str(files("trexport.models") / "samples"))
+    known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if name not in known:
+        raise UsageError(f"sample:{name}: unknown sample, expected one of {known}{nearest(name, known)}")
+    return root / name
+
+
+def _random(name: str, architecture: str) -> Base:
+    if architecture not in ARCHITECTURES:
+        known = list(ARCHITECTURES)
+        raise UsageError(f"{name}: unknown architecture, expected one of {known}{nearest(architecture, known)}")
+    from trexport.models.unet import empty_unet
+
+    model = empty_unet(ARCHITECTURES[architecture])
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return Base(name, {**model.config, "_class_name": UNET_CLASS}, [RandomWeights(name, shapes)])
+
+
+def _folder(name: str, folder: Path, variant: str | None) -> Base:
+    if folder.is_file():
+        raise BaseError(
+            f"{folder}: a file, expected a diffusers folder (with config.json, or model_index.json and unet/)"
+        )
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    file = unet / "config.json"
+    if not file.is_file():
+        raise BaseError(f"{folder}: no UNet inside, expected {unet.name}/config.json or unet/config.json")
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise BaseError(f"{file}: not JSON ({error})") from error
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != UNET_CLASS:
+        raise BaseError(f"{file}: the model is a {found}, expected a {UNET_CLASS}")
+    weights, index = _weight_files(unet, variant)
+    return Base(name, config, weights, folder, index)
+
+
+def _weight_files(unet: Path, variant: str | None) -> tuple[list[WeightFile], Mapping[str, Any] | None]:
+    infix = f".{variant}" if variant else ""
+    index_file = unet / f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
+    single = unet / f"{WEIGHTS_STEM}{infix}.safetensors"
+    if single.is_file():
+        return [SafetensorsFile(single)], None
+    if index_file.is_file():
+        try:
+            index = json.loads(index_file.read_bytes())
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseError(f"{index_file}: damaged shard index ({type(error).__name__}: {error})") from error
+        for name in names:
+            if Path(name).name != name or not (unet / name).is_file():
+                raise BaseError(f"{index_file}: names the shard {name!r}, which is not in {unet}")
+        shards: list[WeightFile] = [SafetensorsFile(unet / name) for name in names]
+        held = {entry.name: shard.name for shard in shards for entry in shard.entries}
+        for key, name in index["weight_map"].items():
+            if held.get(key) != name:
+                raise BaseError(f"{index_file}: says {key} is in {name}, found in {held.get(key)}")
+        return shards, index
+    others = sorted(path.name for path in unet.glob(f"{WEIGHTS_STEM}*") if path.is_file())
+    pickles = [name for name in others if name.endswith((".bin", ".ckpt", ".pt"))]
+    if pickles and len(pickles) == len(others):
+        raise BaseError(
+            f"{unet}: only {pickles} found, which are pickles and are not read; convert them with diffusers: "
+            "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    hint = f"; found {others}, choose one with --variant" if others else ""
+    raise BaseError(f"{unet}: no weights, expected {single.name} or {index_file.name}{hint}")
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and not name.startswith("/")
+
+
+def _download(name: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    infix = f".{variant}" if variant else ""
+    wanted = [f"{WEIGHTS_STEM}{infix}.safetensors", f"{WEIGHTS_STEM}{infix}-*.safetensors", f"*.index{infix}.json"]
+    patterns = ["model_index.json", "scheduler/*.json", "config.json", "unet/config.json"]
+    patterns += [f"{prefix}{pattern}" for prefix in ("", "unet/") for pattern in wanted]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseError(
+            f"{name}: neither a folder here nor fetched from the Hub ({type(error).__name__}: {reason}); "
+            "check the name, the network, and HF_TOKEN for a gated model"
+        ) from error

@@ -1,0 +1,135 @@
+"""The UNet as a diffusers model, built from a `Base`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trexport.errors import BaseError
+from trexport.io_spec import Dtype, ModelSpec
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
+from trexport.progress import SILENT, Progress
+from trlora import LayerMerge, attach_, merge_layer
+from trlora.errors import nearest
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A `UNet2DConditionModel` on the meta device: shapes, no memory.
+
+    Raises:
+        BaseError: diffusers cannot build the config.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with torch.device("meta"):
+            model = UNet2DConditionModel.from_config(dict(config))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BaseError(f"diffusers cannot build a UNet from this config: {error}") from error
+    assert isinstance(model, UNet2DConditionModel)
+    return model.eval().requires_grad_(False)
+
+
+def load_unet(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT) -> UNet2DConditionModel:
+    """The base model, on the CPU. Weights already in `dtype` stay memory-mapped.
+
+    Raises:
+        BaseError: a parameter is missing, unknown, or of another shape than the config asks for.
+    """
+    model = empty_unet(base.config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = base.shapes()
+    for name, shape in found.items():
+        if name not in expected:
+            raise BaseError(f"{base.name}: {name} is no parameter of its config's UNet{nearest(name, expected)}")
+        if shape != expected[name]:
+            raise BaseError(f"{base.name}: {name} has shape {shape}, its config asks for {expected[name]}")
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise BaseError(f"{base.name}: {len(missing)} of {len(expected)} parameters are missing, {missing[0]} first")
+    with progress.task("load", len(expected)) as task:
+        state: dict[str, Tensor] = {}
+        for file in base.weights:
+            for entry in file.entries:
+                state[entry.name] = file.tensor(entry.name).to(DTYPES[dtype])
+                task.advance(1)
+        model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress: Progress = SILENT) -> list[LayerMerge]:
+    """Fold adapters into the weights of a model that `load_unet` made; computed in float32, cast once."""
+    records: list[LayerMerge] = []
+    layers = layers_of(adapters)
+    with progress.task("merge", len(layers)) as task:
+        for path, pairs in layers.items():
+            layer = model.get_submodule(path)
+            assert isinstance(layer, nn.Linear)
+            merged, record = merge_layer(path, layer.weight.data, pairs)
+            # a new tensor: the old one may be a file's memory
+            layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
+            records.append(record)
+            task.advance(1)
+    return records
+
+
+def attach_all_(model: nn.Module, adapters: Sequence[BoundAdapter]) -> None:
+    """Attach adapters to a model, kept factored, under the names `adapter0`, `adapter1`, …"""
+    for index, adapter in enumerate(adapters):
+        attach_(model, adapter.layers, name=f"adapter{index}", strength=adapter.strength)
+
+
+def layers_of(adapters: Sequence[BoundAdapter]) -> dict[str, list[tuple[Any, float]]]:
+    """Module path → the adapters on it with their strengths."""
+    layers: dict[str, list[tuple[Any, float]]] = {}
+    for adapter in adapters:
+        for path, layer in adapter.layers.items():
+            layers.setdefault(path, []).append((layer, adapter.strength))
+    return layers
+
+
+def call_unet(model: nn.Module, feeds: Mapping[str, Tensor]) -> Tensor:
+    """One step: feeds by the names of `trexport.io_spec.unet_spec` → `out_sample`."""
+    args, kwargs = call_arguments(feeds)
+    return model(*args, **kwargs)[0]
+
+
+def call_arguments(feeds: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The arguments with which diffusers' UNet takes `feeds`."""
+    kwargs: dict[str, Any] = {"return_dict": False}
+    if "text_embeds" in feeds:
+        kwargs["added_cond_kwargs"] = {"text_embeds": feeds["text_embeds"], "time_ids": feeds["time_ids"]}
+    return (feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"]), kwargs
+
+
+def random_feeds(
+    spec: ModelSpec, sizes: Mapping[str, int], *, seed: int = 0, timestep: float = 500.0
+) -> dict[str, Tensor]:
+    """Inputs for one step, N(0, 1) but for the timestep, made in float32 and cast, so that every precision sees the same.
+
+    Args:
+        spec: the model's inputs.
+        sizes: of the free axes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    feeds: dict[str, Tensor] = {}
+    for tensor in spec.inputs:
+        if tensor.name == "timestep":
+            feeds[tensor.name] = torch.tensor(float(timestep))
+        elif tensor.name == "time_ids":  # original size, crop, target size in pixels
+            ids = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0])
+            feeds[tensor.name] = ids.expand(tensor.shape(sizes)).to(DTYPES[tensor.dtype]).contiguous()
+        else:
+            feeds[tensor.name] = torch.randn(tensor.shape(sizes), generator=generator).to(DTYPES[tensor.dtype])
+    return feeds

@@ -1,0 +1,51 @@
+"""What an artifact must equal: PyTorch in float32, the adapters attached and never merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from trexport.backends import Device
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
+from trexport.models.unet import attach_all_, call_unet, load_unet
+from trexport.progress import SILENT, Progress
+from trlora import set_strengths_
+
+
+@final
+class Reference:
+    """The base with its adapters factored, and the base without them, as one model in memory."""
+
+    def __init__(
+        self, base: Base, adapters: Sequence[BoundAdapter], device: Device, *, progress: Progress = SILENT
+    ) -> None:
+        self._model = load_unet(base, "fp32", progress=progress)
+        attach_all_(self._model, adapters)
+        self._model.to(device)
+        self._device = device
+        self._strengths = {f"adapter{index}": adapter.strength for index, adapter in enumerate(adapters)}
+
+    def adapted(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        """One step with the adapters, float32 on the CPU."""
+        return self._run(feeds)
+
+    def plain(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        """One step without them."""
+        set_strengths_(self._model, dict.fromkeys(self._strengths, 0.0))
+        try:
+            return self._run(feeds)
+        finally:
+            set_strengths_(self._model, self._strengths)
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            with torch.inference_mode():
+                return call_unet(self._model, {k: v.to(self._device, torch.float32) for k, v in feeds.items()}).cpu()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed

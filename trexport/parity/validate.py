@@ -1,0 +1,272 @@
+"""`trexport validate`: is the artifact equal to PyTorch, and do its adapters do anything?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from trexport.artifact import Artifact
+from trexport.backends import BACKENDS, Device, OnnxFile, Runner, TorchModel
+from trexport.errors import TrexportError
+from trexport.io_spec import FREE_AXES, ModelSpec, default_sizes, downscale_of
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base, open_base
+from trexport.models.diffusion import Denoising
+from trexport.models.sample import Sample, sample_of
+from trexport.models.unet import load_unet, merge_into_, random_feeds
+from trexport.parity.locate import first_deviation
+from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
+from trexport.parity.reference import Reference
+from trexport.parity.report import FirstDeviation, ParityReport, StepParity, TrajectoryParity
+from trexport.parity.tolerance import TOLERANCES, Tolerance
+from trexport.progress import SILENT, Progress
+
+_LEAST_EFFECT = 1e-4
+"""An adapter that moves the output less than this, relative, cannot be seen in a picture of 8 bits."""
+_EFFECT_OVER_ERROR = 3.0
+"""The effect must stand this far above the error, or parity could not tell the adapter from none."""
+
+
+@final
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What to check."""
+
+    timesteps: Sequence[float] = (1, 250, 500, 750, 999)
+    seeds: Sequence[int] = (0, 1)
+    trajectory_steps: int = 10
+    """0 leaves the trajectory out."""
+    sizes: Mapping[str, int] | None = None
+    """Of the free axes; None for the UNet's own, and a second, different shape."""
+    relative_l2: float | None = None
+    """Another limit than the precision's own."""
+    locate: bool = True
+    """On failure, look for the first tensor that is wrong."""
+
+
+def validate(
+    artifact: Artifact,
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    device: Device,
+    options: ValidateOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> ParityReport:
+    """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
+    whole trajectory. Inputs are rounded to the artifact's precision first, so that both see the same.
+
+    It fails where an error leaves its tolerance, where anything is NaN or Inf, and where the adapters do not move the
+    output, for then equality proves nothing.
+
+    Raises:
+        MissingError: the backend that runs the artifact is not here.
+    """
+    options = options or ValidateOptions()
+    manifest = artifact.manifest
+    tolerance = TOLERANCES[manifest.dtype].scaled(options.relative_l2)
+    reference = Reference(base, adapters, device, progress=progress)
+    sample = sample_of(base, options.trajectory_steps or None)
+    backend = BACKENDS["onnxruntime" if manifest.kind == "onnx" else "torch"]
+    if manifest.kind == "onnx":
+        source: OnnxFile | TorchModel = OnnxFile(artifact.onnx_path, manifest.io)
+    else:
+        source = TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
+    shapes = _shapes(manifest.io, base, sample, options.sizes)
+    has_effect = any(adapter.strength for adapter in adapters)
+    steps: list[StepParity] = []
+    trajectory: TrajectoryParity | None = None
+    with backend.load(source, device) as runner:
+        cases = [
+            (sizes, timestep, seed)
+            for index, sizes in enumerate(shapes)
+            # the first shape is checked in full, the others for what a shape can break
+            for timestep in (options.timesteps if index == 0 else options.timesteps[:1])
+            for seed in (options.seeds if index == 0 else options.seeds[:1])
+        ]
+        with progress.task("validate", len(cases)) as task:
+            for sizes, timestep, seed in cases:
+                feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
+                steps.append(_compare_step(runner, reference, feeds, sizes, timestep, seed))
+                task.advance(1)
+        if options.trajectory_steps:
+            denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
+            trajectory = _compare_trajectory(
+                runner, reference, denoising, _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0), progress
+            )
+    failures = judge(steps, trajectory, tolerance, adapted=bool(adapters), has_effect=has_effect)
+    deviation, note = None, None
+    worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
+    if failures and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
+        if manifest.kind != "onnx" or manifest.dtype == "bf16":
+            note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
+        else:
+            with progress.task("locate"):
+                deviation, note = _locate(artifact, base, adapters, worst, sample, tolerance, device)
+    return ParityReport(
+        artifact=str(artifact.folder),
+        backend=backend.name,
+        device=device,
+        dtype=manifest.dtype,
+        tolerance=tolerance,
+        steps=steps,
+        trajectory=trajectory,
+        failures=failures,
+        first_deviation=deviation,
+        location_note=note,
+    )
+
+
+def judge(
+    steps: Sequence[StepParity],
+    trajectory: TrajectoryParity | None,
+    tolerance: Tolerance,
+    *,
+    adapted: bool,
+    has_effect: bool,
+) -> list[str]:
+    """Why the numbers do not prove equality; nothing when they do. Every limit is written so that a NaN fails it.
+
+    Args:
+        adapted: whether the artifact has adapters, so that an effect is expected.
+        has_effect: whether any of them has a strength other than zero.
+    """
+    failures: list[str] = []
+
+    def limit(name: str, values: Sequence[float], bound: float, *, least: bool = False) -> None:
+        failing = [value for value in values if not (value >= bound if least else value <= bound)]
+        if failing:
+            worst = min(failing) if least else max(failing)
+            if any(math.isnan(value) for value in failing):
+                worst = math.nan
+            sign = "below" if least else "above"
+            failures.append(f"{name} is {worst:.3g}, {sign} {bound:.3g}, in {len(failing)} of {len(values)} cases")
+
+    limit("relative L2 of a step", [step.relative_l2 for step in steps], tolerance.relative_l2)
+    limit("greatest error of a step over its greatest value", [s.max_abs_ratio for s in steps], tolerance.max_abs_ratio)
+    limit("cosine of a step", [step.cosine for step in steps], tolerance.cosine, least=True)
+    if trajectory is not None:
+        limit("relative L2 of the final image", [trajectory.relative_l2], tolerance.trajectory_relative_l2)
+        limit("PSNR (dB) of the final image", [trajectory.psnr_db], tolerance.psnr_db, least=True)
+    if adapted and not has_effect:
+        failures.append("every adapter has strength 0: the artifact is the base, and no effect can be shown")
+    elif adapted:
+        effect = max(step.effect for step in steps)
+        error = max(step.relative_l2 for step in steps)
+        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error if math.isfinite(error) else 0.0)
+        if not effect >= least:
+            failures.append(
+                f"the adapters move the output by {effect:.3g} at most, expected at least {least:.3g}: they do nothing "
+                "that could be told from no adapter"
+            )
+        # triangle inequality: an artifact that equals the adapted reference is as far from the base as that one is
+        stuck = [step for step in steps if not step.distance_to_base >= 0.5 * step.effect]
+        if stuck and effect >= least:
+            failures.append(
+                f"the artifact is nearer to the base than its adapters should leave it in {len(stuck)} of {len(steps)} "
+                "cases: they are not, or not wholly, in it"
+            )
+    return failures
+
+
+def _shapes(io: ModelSpec, base: Base, sample: Sample | None, given: Mapping[str, int] | None) -> list[dict[str, int]]:
+    """The shapes to check: the UNet's own, or those given, and one that differs in every free axis."""
+    first = default_sizes(base.config)
+    if sample is not None:
+        first["sequence_length"] = sample.prompts.shape[1]
+    first |= io.fixed_sizes() | dict(given or {})
+    wrong = {axis: size for axis, size in (given or {}).items() if io.fixed_sizes().get(axis, size) != size}
+    if wrong:
+        raise TrexportError(f"sizes {wrong} asked for, the artifact fixes {io.fixed_sizes()}")
+    multiple = downscale_of(base.config)
+    other = {
+        "batch_size": first["batch_size"] + 1,
+        "height": first["height"] + multiple,
+        "width": max(multiple, first["width"] - multiple),
+        "sequence_length": first["sequence_length"] + 2,
+    }
+    second = {axis: (other[axis] if axis in io.free_axes else first[axis]) for axis in FREE_AXES}
+    return [first] if second == first else [first, second]
+
+
+def _feeds(
+    io: ModelSpec, sizes: Mapping[str, int], sample: Sample | None, seed: int, timestep: float
+) -> dict[str, Tensor]:
+    """Inputs of one step: random ones, with a sample's real prompts where there are some."""
+    feeds = random_feeds(io, sizes, seed=seed, timestep=timestep)
+    if sample is not None and sizes["sequence_length"] == sample.prompts.shape[1]:
+        shown = next(iter(sample.adapters.values()), {}).get("show_prompts") or range(len(sample.prompts) - 1)
+        rows = [list(shown)[(seed + i) % len(list(shown))] for i in range(sizes["batch_size"])]
+        feeds["encoder_hidden_states"] = sample.prompts[rows].to(feeds["encoder_hidden_states"])
+    return feeds
+
+
+def _compare_step(
+    runner: Runner,
+    reference: Reference,
+    feeds: Mapping[str, Tensor],
+    sizes: dict[str, int],
+    timestep: float,
+    seed: int,
+) -> StepParity:
+    found = runner(feeds)["out_sample"].float().cpu()
+    expected, plain = reference.adapted(feeds), reference.plain(feeds)
+    error = max_abs(found, expected)
+    return StepParity(
+        sizes=sizes,
+        timestep=timestep,
+        seed=seed,
+        max_abs=error,
+        max_abs_ratio=error / max(expected.abs().max().item(), 1e-30),
+        relative_l2=relative_l2(found, expected),
+        cosine=cosine(found, expected),
+        effect=relative_l2(expected, plain),
+        distance_to_base=relative_l2(found, plain),
+    )
+
+
+def _compare_trajectory(
+    runner: Runner, reference: Reference, denoising: Denoising, feeds: Mapping[str, Tensor], progress: Progress
+) -> TrajectoryParity:
+    given = {name: tensor for name, tensor in feeds.items() if name not in ("sample", "timestep")}
+    noise = feeds["sample"].float()
+    found = denoising.run(lambda f: runner(f)["out_sample"].cpu(), noise, given, progress=progress)
+    wide = {name: tensor.float() for name, tensor in given.items()}
+    expected = denoising.run(reference.adapted, noise, wide, progress=progress)
+    plain = denoising.run(reference.plain, noise, wide, progress=progress)
+    return TrajectoryParity(
+        steps=denoising.steps,
+        guidance=denoising.guidance,
+        seed=0,
+        relative_l2=relative_l2(found, expected),
+        psnr_db=psnr_db(found, expected),
+        effect=relative_l2(expected, plain),
+    )
+
+
+def _locate(
+    artifact: Artifact,
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    worst: StepParity,
+    sample: Sample | None,
+    tolerance: Tolerance,
+    device: Device,
+) -> tuple[FirstDeviation | None, str | None]:
+    model = load_unet(base, "fp32")
+    merge_into_(model, adapters)
+    feeds = _feeds(artifact.manifest.io, worst.sizes, sample, worst.seed, worst.timestep)
+    try:
+        found = first_deviation(
+            model, artifact.onnx_path, artifact.manifest.io, feeds, tolerance.relative_l2, device,
+            artifact.manifest.opset or 18,
+        )  # fmt: skip
+    except TrexportError as error:
+        return None, f"the first wrong tensor could not be looked for: {error}"
+    if found is None:
+        return None, "no tensor leaves the tolerance while it is watched: a fusion of the runtime is at fault"
+    return found, None
