@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,8 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
-from trexport.errors import TrexportError
+from trexport.disk import check_disk
+from trexport.errors import TrexportError, UsageError
 from trexport.hashing import sha256_of_file, sha256_of_tensors
 from trexport.io_spec import Dtype, unet_spec
 from trexport.manifest import BaseRecord, Manifest, package_versions
@@ -43,10 +43,17 @@ class MergePlan:
     size_bytes: int
 
 
-def plan_merge(base: Base, adapters: Sequence[BoundAdapter], out: Path, dtype: Dtype | None = None) -> MergePlan:
-    """What `merge` would do, nothing written."""
+def plan_merge(
+    base: Base, adapters: Sequence[BoundAdapter], out: Path, dtype: Dtype | None = None, *, overwrite: bool = False
+) -> MergePlan:
+    """What `merge` would do, nothing written. Raises what `merge` would raise before it writes."""
+    if not adapters:
+        raise UsageError("no adapter given, there is nothing to merge")
+    check_free(out, overwrite=overwrite)
     entries = [entry for file in base.weights for entry in _target_entries(file, dtype)]
-    return MergePlan(out, len(entries), len(layers_of(adapters)), sum(entry.size_bytes for entry in entries))
+    size_bytes = sum(entry.size_bytes for entry in entries)
+    check_disk(out, size_bytes)
+    return MergePlan(out, len(entries), len(layers_of(adapters)), size_bytes)
 
 
 def merge(
@@ -65,14 +72,11 @@ def merge(
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is not set.
-        TrexportError: no adapter given, or less free disk than the result needs.
+        UsageError: no adapter given.
+        TrexportError: less free disk than the result needs.
         OSError: the disk filled up all the same. Nothing is left then.
     """
-    if not adapters:
-        raise TrexportError("no adapter given, there is nothing to merge")
-    check_free(out, overwrite=overwrite)
-    plan = plan_merge(base, adapters, out, dtype)
-    check_disk(out, plan.size_bytes)
+    plan = plan_merge(base, adapters, out, dtype, overwrite=overwrite)
     chosen = dtype or _dtype_of(base)
     layers = layers_of(adapters)
     records: list[LayerMerge] = []
@@ -118,17 +122,6 @@ def merge(
             versions=package_versions(),
         ).write(folder)
     return MergeReport(tuple(records))
-
-
-def check_disk(out: Path, size_bytes: int) -> None:
-    """Raise `TrexportError` when the disk of `out` has less free space than `size_bytes`."""
-    parent = next(path for path in [out, *out.absolute().parents] if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size_bytes:
-        raise TrexportError(
-            f"{out}: the disk has {free / 1e9:.2f} GB free, the result needs {size_bytes / 1e9:.2f} GB; free some, "
-            "or choose another folder"
-        )
 
 
 def _target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:

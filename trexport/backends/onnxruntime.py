@@ -38,6 +38,8 @@ def open_session(model: str | bytes, device: Device, *, folder: Path | None = No
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    # idle threads that spin would steal the cores of whatever runs between two runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     provider_options: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from typing import Any, final
 import onnx_ir as ir
 import torch
 
+from trexport.disk import check_disk
 from trexport.errors import ExportError, UsageError
 from trexport.graph.check import check_model
 from trexport.graph.opset import OpsetChoice, choose_opset
 from trexport.graph.passes.fold import fold
 from trexport.graph.passes.metadata import metadata
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import FREE_AXES, Dtype, ModelSpec, default_sizes, downscale_of, unet_spec
+from trexport.io_spec import BYTES_OF, FREE_AXES, Dtype, ModelSpec, default_sizes, downscale_of, unet_spec
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
@@ -46,6 +48,19 @@ class ExportOptions:
     """Axes to fix, by name (see `trexport.io_spec.FREE_AXES`); the others stay free. None leaves all free."""
 
 
+@final
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export is going to do."""
+
+    choice: OpsetChoice
+    spec: ModelSpec
+    sizes: Mapping[str, int]
+    """To trace with."""
+    size_bytes: int
+    """Of the weights."""
+
+
 def export_onnx(
     base: Base,
     adapters: Sequence[BoundAdapter],
@@ -64,16 +79,14 @@ def export_onnx(
         ExportError: the exporter failed, or its result is not a whole model.
     """
     options = options or ExportOptions()
-    choice = choose_opset(options.dtype, options.opset)
-    sizes = check_sizes(base.config, options.fixed or {})
-    spec = unet_spec(base.config, options.dtype, options.fixed)
-    check_free(out, overwrite=overwrite)
+    plan = plan_export(base, out, options, overwrite=overwrite)
+    choice, spec = plan.choice, plan.spec
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.sha256)
         model = load_unet(base, options.dtype, progress=progress)
         merge_into_(model, adapters, progress=progress)
         with progress.task("export"):
-            graph = _export(model, spec, sizes, choice)
+            graph = _export(model, spec, plan.sizes, choice)
         unet = folder / UNET_FOLDER
         unet.mkdir()
         with progress.task("save", base.size_bytes) as task:
@@ -99,6 +112,16 @@ def export_onnx(
         )
         manifest.write(folder)
     return manifest
+
+
+def plan_export(base: Base, out: Path, options: ExportOptions, *, overwrite: bool = False) -> ExportPlan:
+    """What `export_onnx` would do, nothing written. Raises what it would raise before it writes."""
+    choice = choose_opset(options.dtype, options.opset)
+    sizes = check_sizes(base.config, options.fixed or {})
+    check_free(out, overwrite=overwrite)
+    size_bytes = sum(math.prod(shape) for shape in base.shapes().values()) * BYTES_OF[options.dtype]
+    check_disk(out, size_bytes)
+    return ExportPlan(choice, unet_spec(base.config, options.dtype, options.fixed), sizes, size_bytes)
 
 
 def check_sizes(config: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:

@@ -1,0 +1,130 @@
+"""`trexport bench`: backends side by side in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+
+from trexport.backends import Device, OnnxFile, Source, Step, TorchModel, backend_of
+from trexport.bench.environment import environment
+from trexport.bench.memory import PeakMemory
+from trexport.bench.report import BackendResult, BenchReport
+from trexport.bench.roofline import measure_ceiling, work_of
+from trexport.bench.stats import Latency
+from trexport.bench.timer import time_steps
+from trexport.errors import MissingError
+from trexport.io_spec import FREE_AXES, Dtype, ModelSpec, default_sizes, unet_spec
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
+from trexport.models.unet import random_feeds
+from trexport.parity.metrics import relative_l2
+from trexport.progress import SILENT, Progress
+
+
+@final
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure."""
+
+    backends: Sequence[str] = ("torch", "torch-compile", "onnxruntime")
+    dtype: Dtype = "fp32"
+    sizes: Mapping[str, int] | None = None
+    """None for the UNet's own."""
+    warm_up: int = 3
+    iterations: int = 20
+    skip_missing: bool = True
+    """Report a backend that is not here as skipped, instead of failing."""
+
+
+def bench(
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    onnx: OnnxFile | None,
+    device: Device,
+    options: BenchOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> BenchReport:
+    """Measure one UNet step in every backend, merged adapters in all of them, interleaved in one run.
+
+    All models are loaded at once; on CUDA each step is a CUDA graph on resident buffers.
+
+    Args:
+        onnx: the exported model, for the backends that take one.
+
+    Raises:
+        MissingError: no backend could run, or one could not and `skip_missing` is off.
+    """
+    options = options or BenchOptions()
+    sizes = default_sizes(base.config) | (onnx.spec.fixed_sizes() if onnx else {}) | dict(options.sizes or {})
+    spec = unet_spec(base.config, options.dtype)
+    feeds = random_feeds(spec, {axis: sizes[axis] for axis in FREE_AXES}, seed=0)
+    ceiling = measure_ceiling(device, options.dtype)
+    work = work_of(base, spec, sizes, options.dtype)
+    least_ms = ceiling.least_ms(work)
+    steps: dict[str, Step] = {}
+    loaded: dict[str, tuple[float, int]] = {}
+    skipped: dict[str, str] = {}
+    with ExitStack() as stack:
+        for name in options.backends:
+            backend = backend_of(name)
+            if backend.consumes is OnnxFile and onnx is None:
+                skipped[name] = "needs an exported model: give an artifact of trexport onnx"
+                continue
+            source: Source = (
+                onnx if backend.consumes is OnnxFile and onnx else TorchModel(base, adapters, options.dtype)
+            )
+            try:
+                with progress.task(f"load {name}"), PeakMemory(device) as memory:
+                    start = time.perf_counter()
+                    steps[name] = stack.enter_context(backend.load(source, device)).step(feeds)
+                    steps[name].run()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    loaded[name] = (time.perf_counter() - start, 0)
+                loaded[name] = (loaded[name][0], memory.bytes)
+            except MissingError as error:
+                if not options.skip_missing:
+                    raise
+                skipped[name] = str(error)
+        if not steps:
+            raise MissingError("no backend can run here: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
+        latencies = time_steps(steps, device, warm_up=options.warm_up, iterations=options.iterations, progress=progress)
+        first = next(iter(steps))
+        reference = _output(steps[first], spec)
+        results = []
+        for name, values in latencies.items():
+            latency = Latency.of(values)
+            results.append(
+                BackendResult(
+                    backend=name,
+                    latency=latency,
+                    ratio=latency.median_ms / Latency.of(latencies[first]).median_ms,
+                    roofline_share=least_ms / latency.median_ms,
+                    load_seconds=loaded[name][0],
+                    peak_memory_bytes=loaded[name][1],
+                    relative_l2=relative_l2(_output(steps[name], spec), reference),
+                )
+            )
+    return BenchReport(
+        model=Path(base.name).name if base.folder is not None else base.name,
+        adapters=[f"{Path(adapter.name).name}={adapter.strength:g}" for adapter in adapters],
+        dtype=options.dtype,
+        sizes={axis: sizes[axis] for axis in FREE_AXES},
+        results=results,
+        work=work,
+        ceiling=ceiling,
+        least_ms=least_ms,
+        environment=environment(device),
+        skipped=skipped,
+    )
+
+
+def _output(step: Step, spec: ModelSpec) -> torch.Tensor:
+    return step.outputs[spec.outputs[0].name].float().cpu()

@@ -1,0 +1,5 @@
+"""`python -m trexport.cli`"""
+
+from trexport.cli import main
+
+main()

@@ -1,0 +1,81 @@
+"""`trexport onnx`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trexport.cli.options import (
+    adapters_argument,
+    base_argument,
+    base_options,
+    dry_run_option,
+    dtype_option,
+    json_option,
+    output_options,
+    size_options,
+)
+from trexport.io_spec import Dtype
+
+
+@click.command("onnx")
+@base_argument
+@adapters_argument
+@output_options
+@dtype_option("fp32", "Of the weights and of all inputs and outputs but the timestep.")
+@click.option("--opset", type=int, help="18 to 23; chosen, with the reason in the manifest, where not given.")
+@click.option("--static", is_flag=True, help="Fix every axis, at the UNet's own sizes where no size is given.")
+@size_options
+@base_options
+@dry_run_option
+@json_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: Path,
+    overwrite: bool,
+    dtype: Dtype,
+    opset: int | None,
+    static: bool,
+    batch_size: int | None,
+    height: int | None,
+    width: int | None,
+    sequence_length: int | None,
+    revision: str | None,
+    variant: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Export a UNet to ONNX, with adapters merged into its weights.
+
+    Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
+    PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
+    """
+    from trexport.cli.console import gigabytes, print_json, progress_for
+    from trexport.graph.export import ExportOptions, export_onnx, free_or_fixed, plan_export
+    from trexport.models.adapters import open_adapters
+    from trexport.models.base import open_base
+
+    opened = open_base(base, revision=revision, variant=variant)
+    bound = open_adapters(adapters, opened)
+    sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
+    fixed = free_or_fixed(sizes, static=static, config=opened.config)
+    options = ExportOptions(dtype=dtype, opset=opset, fixed=fixed)
+    plan = plan_export(opened, out, options, overwrite=overwrite)
+    if dry_run:
+        if as_json:
+            print_json({"out": str(out), "dry_run": True, "size_bytes": plan.size_bytes, "opset": plan.choice.opset})
+        else:
+            click.echo(
+                f"would write {gigabytes(plan.size_bytes)} to {out}, opset {plan.choice.opset}: {plan.choice.reason}"
+            )
+        return
+    manifest = export_onnx(opened, bound, out, options, overwrite=overwrite, progress=progress_for(as_json))
+    if as_json:
+        print_json({"out": str(out)} | manifest.to_dict())
+        return
+    click.echo(f"opset {manifest.opset}: {manifest.opset_reason}")
+    for tensor in [*manifest.io.inputs, *manifest.io.outputs]:
+        click.echo(f"  {tensor.name:24} {tensor.dtype}  {list(tensor.axes)}")
+    click.echo(f"written: {out}")

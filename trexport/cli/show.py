@@ -1,0 +1,74 @@
+"""Reports as tables."""
+
+from __future__ import annotations
+
+import click
+
+from trexport.bench.report import BenchReport
+from trexport.cli.console import gigabytes, print_table
+from trexport.parity.report import ParityReport
+
+
+def show_parity(report: ParityReport) -> None:
+    """The table of `trexport validate`."""
+    rows = [
+        (
+            f"step t={step.timestep:g}, seed {step.seed}, {'×'.join(map(str, step.sizes.values()))}",
+            f"{step.max_abs:.2e}",
+            f"{step.relative_l2:.2e}",
+            f"{1 - step.cosine:.1e}",
+            f"{step.effect:.2e}",
+        )
+        for step in report.steps
+    ]
+    title = f"{report.artifact}: {report.backend} on {report.device}, {report.dtype}, against float32 PyTorch"
+    print_table(title, ["", "max abs", "relative L2", "1 − cosine", "effect of the adapters"], rows)
+    tolerance = report.tolerance
+    click.echo(f"limit on relative L2 {tolerance.relative_l2:g}: {tolerance.reason}")
+    if report.trajectory is not None:
+        t = report.trajectory
+        click.echo(
+            f"trajectory of {t.steps} steps, guidance {t.guidance:g}: relative L2 {t.relative_l2:.2e} "
+            f"(limit {tolerance.trajectory_relative_l2:g}), PSNR {t.psnr_db:.1f} dB (at least {tolerance.psnr_db:g}), "
+            f"the adapters move the image by {t.effect:.2e}"
+        )
+    if report.first_deviation is not None:
+        d = report.first_deviation
+        click.echo(
+            f"first tensor outside the tolerance: {d.tensor} ({d.operator} in {d.module or 'the UNet'}), "
+            f"relative L2 {d.relative_l2:.2e}; computed from {d.last_good} with {d.last_good_relative_l2 or 0:.2e}"
+        )
+    if report.location_note:
+        click.echo(report.location_note)
+    if report.passed:
+        click.echo("passed")
+
+
+def show_bench(report: BenchReport) -> None:
+    """The table of `trexport bench`."""
+    rows = [
+        (
+            result.backend,
+            f"{result.latency.median_ms:.3f}",
+            f"{result.latency.p10_ms:.3f}",
+            f"{result.latency.p90_ms:.3f}",
+            result.latency.n,
+            f"{result.ratio:.3f}",
+            f"{result.roofline_share:.1%}",
+            gigabytes(result.peak_memory_bytes),
+            f"{result.load_seconds:.1f}",
+            f"{result.relative_l2:.1e}",
+        )
+        for result in report.results
+    ]
+    columns = ["", "median ms", "p10", "p90", "n", "ratio", "roofline", "peak memory", "load s", "relative L2"]
+    where = report.environment.get("gpu", report.environment["cpu"])
+    sizes = ", ".join(f"{axis} {size}" for axis, size in report.sizes.items())
+    print_table(f"{report.model}, one UNet step, {report.dtype}, {sizes}; {where}", columns, rows)
+    click.echo(
+        f"work: {report.work.flops / 1e9:.4g} GFLOP, {gigabytes(report.work.size_bytes)}; this device was seen to do "
+        f"{report.ceiling.flops_per_second / 1e12:.3g} TFLOP/s and {report.ceiling.bytes_per_second / 1e9:.4g} GB/s: "
+        f"at least {report.least_ms:.3g} ms"
+    )
+    for name, reason in report.skipped.items():
+        click.echo(f"skipped {name}: {reason}")

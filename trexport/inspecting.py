@@ -1,0 +1,193 @@
+"""`trexport inspect`: what is this file or folder? Recognised from its content, never from its name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import safetensors
+
+from trexport.artifact import open_artifact
+from trexport.errors import TrexportError
+from trexport.graph.check import load_graph, spec_of_graph
+from trexport.hashing import sha256_of_file, sha256_of_folder
+from trexport.manifest import MANIFEST_NAME
+from trexport.models.adapters import adapter_path
+from trexport.models.base import open_base
+from trexport.progress import SILENT, Progress
+from trlora import Adapter, load_adapter
+from trlora.checkpoint import CONFIG_NAME, FORMAT, WEIGHTS_NAME
+
+
+@final
+@dataclass(frozen=True)
+class Inspection:
+    """What was found: facts, and a table for what there are many of."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        table = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"path": self.path, "kind": self.kind} | self.facts | {"table": table}
+
+
+def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
+    """Recognise and describe an adapter, a UNet or pipeline, an ONNX model, or an artifact of trexport.
+
+    Args:
+        name: a path, or a `sample:` or `random:` name.
+
+    Raises:
+        TrexportError: nothing there, or nothing that is known.
+        CheckpointError, BaseError, ArtifactError: known, but damaged.
+    """
+    if name.startswith("sample:") and "/" in name:
+        return _adapter(name, adapter_path(name))
+    if name.startswith(("sample:", "random:")):
+        return _unet(name, progress)
+    path = Path(name)
+    if not path.exists():
+        raise TrexportError(f"{name}: no such file or folder")
+    if path.is_dir():
+        return _folder(name, path, progress)
+    with path.open("rb") as stream:
+        head = stream.read(16)
+    if _is_safetensors(path):
+        return _safetensors(name, path)
+    if head[:1] == b"\x08":  # the first field of an ONNX ModelProto, ir_version
+        return _onnx(name, path)
+    if path.suffix == ".safetensors":
+        return _adapter(name, path)  # damaged: its reader says how
+    raise TrexportError(f"{name}: neither safetensors nor ONNX, and nothing else is read")
+
+
+def _folder(name: str, path: Path, progress: Progress) -> Inspection:
+    if (path / MANIFEST_NAME).is_file():
+        return _artifact(name, path, progress)
+    if (path / CONFIG_NAME).is_file() or (path / WEIGHTS_NAME).is_file():
+        return _adapter(name, path)
+    for model in (path / "unet" / "model.onnx", path / "model.onnx"):
+        if model.is_file():
+            return _onnx(name, model)
+    return _unet(name, progress)
+
+
+def _adapter(name: str, path: Path) -> Inspection:
+    adapter = load_adapter(path)
+    config = adapter.config
+    facts = {
+        "method": method_of(adapter),
+        "default": config.default.to_dict(),
+        "overrides": len(config.overrides),
+        "strength": config.strength,
+        "layers": len(adapter.layers),
+        "parameters": adapter.parameters,
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
+        "base_model": config.base_model.to_dict(),
+        "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
+    }
+    rows = []
+    for layer, parts in adapter.layers.items():
+        tensors = [tensor for part in (parts.transform, parts.residual) if part for tensor in part.parameters()]
+        shapes = " ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
+        outputs = "any" if parts.out_features is None else parts.out_features
+        rows.append((layer, f"{parts.in_features} → {outputs}", sum(t.numel() for t in tensors), shapes))
+    return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
+
+
+def method_of(adapter: Adapter) -> str:
+    """The name of the method, from its transform and residual."""
+    spec = adapter.config.default.to_dict()
+    transform, residual = spec["transform"], spec["residual"]
+    known = {
+        ("tensor_ring", "tensor_ring"): "TLoRA({t},{r})",
+        ("tensor_ring", "low_rank"): "TLoRA*({t},{r})",
+        ("identity", "low_rank"): "LoRA({r})",
+        ("identity", "tensor_ring"): "LoRETTA-like({r})",
+        ("diagonal", "low_rank"): "DoRA without its norm({r})",
+        ("block_orthogonal", "none"): "OFT({b})",
+    }
+    pattern = known.get((transform["type"], residual["type"]), f"{transform['type']} + {residual['type']}")
+    return pattern.format(t=transform.get("rank"), r=residual.get("rank"), b=transform.get("block_size"))
+
+
+def _unet(name: str, progress: Progress) -> Inspection:
+    base = open_base(name)
+    entries = [entry for file in base.weights for entry in file.entries]
+    dtypes = Counter(entry.dtype for entry in entries)
+    facts = {
+        "class": base.config.get("_class_name"),
+        "parameters": sum(entry.size_bytes // _item(entry.dtype) for entry in entries),
+        "size_bytes": base.size_bytes,
+        "dtypes": dict(dtypes),
+        "files": [file.name for file in base.weights],
+        "sample_size": base.config.get("sample_size"),
+        "cross_attention_dim": base.config.get("cross_attention_dim"),
+        "block_out_channels": base.config.get("block_out_channels"),
+        "linear_layers": len(base.linear_shapes()),
+        "sha256": base.sha256(progress),
+    }
+    rows = [(entry.name, entry.dtype, "×".join(map(str, entry.shape)), entry.size_bytes) for entry in entries]
+    return Inspection(name, "unet", facts, ("tensor", "dtype", "shape", "bytes"), rows)
+
+
+def _item(dtype: str) -> int:
+    from trexport.models.weights import TORCH_DTYPES
+
+    return TORCH_DTYPES[dtype].itemsize
+
+
+def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
+    artifact = open_artifact(path, progress=progress)
+    facts = artifact.manifest.to_dict()
+    kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
+    io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
+    rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
+    del facts["kind"], facts["io"]
+    return Inspection(name, kind, facts | {"verified": True}, ("input or output", "dtype", "axes"), rows)
+
+
+def _onnx(name: str, path: Path) -> Inspection:
+    model = load_graph(path)
+    operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    spec = spec_of_graph(model)
+    facts = {
+        "ir_version": model.ir_version,
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "nodes": len(model.graph.node),
+        "initializers": len(model.graph.initializer),
+        "functions": len(model.functions),
+        "inputs": {tensor.name: [tensor.dtype, list(tensor.axes)] for tensor in spec.inputs},
+        "outputs": {tensor.name: [tensor.dtype, list(tensor.axes)] for tensor in spec.outputs},
+        "sha256": sha256_of_file(path),
+    }
+    return Inspection(name, "onnx", facts, ("operator", "nodes"), operators.most_common())
+
+
+def _safetensors(name: str, path: Path) -> Inspection:
+    with safetensors.safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata() or {}
+        keys = list(reader.keys())
+        shapes = {key: reader.get_slice(key).get_shape() for key in keys}
+        dtypes = {key: reader.get_slice(key).get_dtype() for key in keys}
+    if FORMAT in metadata:
+        return _adapter(name, path)
+    facts = {"tensors": len(keys), "metadata": metadata, "sha256": sha256_of_file(path)}
+    rows = [(key, dtypes[key], "×".join(map(str, shapes[key]))) for key in keys]
+    return Inspection(name, "safetensors, no adapter of trlora", facts, ("tensor", "dtype", "shape"), rows)
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return True
+    except safetensors.SafetensorError:
+        return False
