@@ -7,7 +7,6 @@ A folder with `adapter_model.safetensors` and `adapter_config.json`, or one `.sa
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trlora.errors import CheckpointError, SpecError, TrloraError, nearest
+from trlora.fields import finite_number
 from trlora.files import atomic_file, atomic_folder
 from trlora.inject import adapted_modules
 from trlora.layers import LayerAdapter
@@ -42,7 +42,9 @@ class BaseModel:
     sha256: str | None = None
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Any) -> Self:
+        if not isinstance(fields, Mapping):
+            raise SpecError(f"base_model is {fields!r}, expected an object or null")
         values = [fields.get(name) for name in ("name_or_path", "class", "sha256")]
         for name, value in fields.items():
             if name not in ("name_or_path", "class", "sha256"):
@@ -82,17 +84,15 @@ class AdapterConfig:
         for name in fields:
             if name not in known:
                 raise SpecError(f"unknown field {name!r}{nearest(name, known)}")
-        strength = fields.get("strength", 1.0)
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise SpecError(f"strength is {strength!r}, expected a finite number")
-        overrides = fields.get("overrides", {})
+        strength = finite_number("adapter", "strength", fields.get("strength", 1.0))
+        overrides, base_model = fields.get("overrides", {}), fields.get("base_model")
         if not isinstance(overrides, Mapping) or not isinstance(fields.get("default"), Mapping):
             raise SpecError('"default" and "overrides" must be objects')
         return cls(
             default=AdapterSpec.from_dict(fields["default"]),
             overrides={path: AdapterSpec.from_dict(spec) for path, spec in overrides.items()},
-            strength=float(strength),
-            base_model=BaseModel.from_dict(fields.get("base_model") or {}),
+            strength=strength,
+            base_model=BaseModel.from_dict({} if base_model is None else base_model),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,8 +197,8 @@ def adapter_from_model(
                 None if adapter.transform.trivial else adapter.transform,
                 None if adapter.residual.trivial else adapter.residual,
             )
-            specs[path] = adapter.spec
             if parts.transform is not None or parts.residual is not None:
+                specs[path] = adapter.spec
                 layers[path] = parts
     if not layers:
         raise CheckpointError(f"{type(model).__name__} has no adapter {name!r} with parameters; use inject_ first")
@@ -278,7 +278,7 @@ def _read_config(source: Path, metadata: Mapping[str, str]) -> Any:
         )
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from thousands of brackets
         raise CheckpointError(f"{where}: not JSON ({error})") from error
 
 
@@ -345,16 +345,17 @@ def _member(path: str, part: str, spec: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _split_key(key: str) -> tuple[str, str, str]:
-    for part in ("transform", "residual"):
-        path, found, name = key.rpartition(f".{part}.")
-        if found and path and name:
-            return path, part, name
+    # the last one divides, for a module's own path may hold such a word
+    part = max("transform", "residual", key=lambda part: key.rfind(f".{part}."))
+    path, found, name = key.rpartition(f".{part}.")
+    if found and path and name:
+        return path, part, name
     raise CheckpointError(f"{key}: unknown key, expected <module>.transform.<tensor> or <module>.residual.<tensor>")
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:
-    if not tensor.dtype.is_floating_point:
-        raise CheckpointError(f"{key}: dtype {tensor.dtype}, expected a floating-point one")
+    if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
+        raise CheckpointError(f"{key}: dtype {tensor.dtype}, expected a floating-point one of 16 bits or more")
     if not torch.isfinite(tensor).all():
         count = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(f"{key}: {count} of {tensor.numel()} values are NaN or Inf, expected finite values")

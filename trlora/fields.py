@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,6 +41,17 @@ def rank_or_ranks(kind: str, value: Any) -> int | tuple[int, ...]:
     if isinstance(value, (list, tuple)):
         return positive_ints(kind, "rank", value)
     return positive_int(kind, "rank", value)
+
+
+def finite_number(kind: str, name: str, value: Any) -> float:
+    """`value` as a float that is neither NaN nor Inf, or `SpecError`."""
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise SpecError(f"{kind}: {name} is {value!r}, expected a finite number")
+    return number
 
 
 def order_of(kind: str, order: Any, *modes: tuple[int, ...] | None) -> int:

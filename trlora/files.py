@@ -19,8 +19,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for one user; the result is an ordinary file
         yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp and safetensors make files for one user; this is an ordinary one
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,6 +41,10 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _flush(path)
+                path.chmod(0o666 & ~_umask())
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
             try:
@@ -64,6 +69,15 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
         raise FileExistsError(f"{target} is a file, expected a folder or nothing there")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass --overwrite (overwrite=True)")
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, so that not even a power cut leaves a whole name with half a content."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from trlora.errors import TargetError, nearest
 from trlora.layers import AdaptedLinear, LayerAdapter
 from trlora.spec import AdapterSpec
-from trlora.targets import Targets, find_targets
+from trlora.targets import Targets, find_targets, modules_of
 
 
 def inject_(
@@ -67,7 +67,7 @@ def attach_(
         ShapeError: an adapter does not fit its layer. Nothing is attached then.
     """
     wrapped: dict[str, AdaptedLinear] = {}
-    known = dict(model.named_modules())
+    known = modules_of(model)
     added: list[AdaptedLinear] = []
     try:
         for path, adapter in adapters.items():
@@ -125,12 +125,11 @@ def set_strengths_(model: nn.Module, strengths: Mapping[str, float]) -> None:
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The linear layers of a model, adapted or not: path → (out_features, in_features)."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, AdaptedLinear)):
-            shapes[path] = (module.out_features, module.in_features)
-    adapted = tuple(f"{path}." for path in adapted_modules(model))
-    return {path: shape for path, shape in shapes.items() if not path.startswith(adapted)} if adapted else shapes
+    return {
+        path: (module.out_features, module.in_features)
+        for path, module in modules_of(model).items()
+        if isinstance(module, (nn.Linear, AdaptedLinear))
+    }
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -21,13 +21,20 @@ PRESETS: dict[str, str] = {
 }
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by path, without those inside its adapted layers."""
+    modules = dict(model.named_modules())
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, AdaptedLinear))
+    return {path: module for path, module in modules.items() if not path.startswith(inside)}
+
+
 def find_targets(model: nn.Module, targets: Targets = "attention") -> dict[str, nn.Linear]:
     """The `nn.Linear` modules that `targets` chooses, by path, in the model's order.
 
     Raises:
         TargetError: nothing is chosen, a listed path does not exist, or a chosen module is no `nn.Linear`.
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in modules_of(model).items() if path}
     if callable(targets):
         chosen = [path for path, module in modules.items() if targets(path, module)]
     elif isinstance(targets, str):

@@ -36,6 +36,7 @@ def take_sequence(tensors: dict[str, Tensor], stem: str, dims: int, count: int) 
 
 def contradiction(field: str, stated: object, found: object) -> CheckpointError:
     """The error for a config that says something else than the tensors' own shapes."""
+    leave = " or set modes to null" if field == "modes" else ""
     return CheckpointError(
-        f"the config says {field} {stated!r}, the tensors have {found!r}; correct the config or set {field} to null"
+        f"{field}: the config says {stated!r}, the tensors have {found!r}; correct the config{leave}"
     )

@@ -63,14 +63,13 @@ def plot(report: BenchReport, path: Path) -> None:
     low = [max(0.0, result.latency.median_ms - result.latency.p10_ms) for result in report.results]
     high = [max(0.0, result.latency.p90_ms - result.latency.median_ms) for result in report.results]
     bars = axes.barh(names, medians, xerr=[low, high], color="#4878a8", ecolor="#333333", capsize=3, height=0.6)
-    axes.bar_label(bars, [f" {m:.3g} ms ({r.ratio:.2f}×)" for m, r in zip(medians, report.results, strict=True)])
+    axes.bar_label(bars, [f"{r.latency.median_ms:.3g} ms ({r.ratio:.2f}×)" for r in report.results], padding=6)
     axes.axvline(report.least_ms, color="#b04030", linestyle="--", linewidth=1, label="roofline of this device")
     axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.3 * max(result.latency.p90_ms for result in report.results))
     axes.set_xlabel("one UNet step, ms (median, p10 to p90)")
     axes.set_title(
         f"{report.model}, {report.dtype}, {report.environment.get('gpu', report.environment['cpu'])}", fontsize=9
     )
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower right")
     figure.savefig(path, dpi=150)

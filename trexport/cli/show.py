@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 from trexport.bench.report import BenchReport
@@ -72,3 +74,19 @@ def show_bench(report: BenchReport) -> None:
     )
     for name, reason in report.skipped.items():
         click.echo(f"skipped {name}: {reason}")
+
+
+def show_parity_summary(reports: Mapping[str, ParityReport]) -> None:
+    """One line for each of several reports."""
+    rows = [
+        (
+            name,
+            f"{report.worst.relative_l2:.2e}",
+            f"{report.tolerance.relative_l2:g}",
+            f"{max(step.effect for step in report.steps):.3f}",
+            f"{report.trajectory.psnr_db:.1f}" if report.trajectory else "",
+            "passed" if report.passed else "; ".join(report.failures),
+        )
+        for name, report in reports.items()
+    ]
+    print_table("against float32 PyTorch", ["", "relative L2", "limit", "effect", "final PSNR dB", ""], rows)

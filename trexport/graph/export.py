@@ -186,6 +186,10 @@ def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -
     for axis in spec.free_axes:
         if axis in ("height", "width"):
             dims[axis] = multiple * torch.export.Dim(f"{axis}_over_{multiple}", min=1)
+        elif axis == "batch_size":
+            # diffusers' upsampling asks for contiguous memory from 64 samples on, which no ONNX graph knows of; without the
+            # bound torch.export fails, refines the range and starts over, for twice the time
+            dims[axis] = torch.export.Dim(axis, min=1, max=63)
         else:
             dims[axis] = torch.export.Dim(axis, min=1)
     shapes: dict[str, Any] = {

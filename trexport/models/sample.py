@@ -22,6 +22,7 @@ class Sample:
 
     prompts: Tensor
     """(prompts, tokens, width); the last is the empty prompt."""
+    image_size: int
     names: Sequence[str]
     denoising: Denoising
     adapters: Mapping[str, Mapping[str, Any]]
@@ -46,4 +47,4 @@ def _read(folder: Path, steps: int | None) -> Sample:
         guidance=fields["guidance_scale"],
         unconditional=prompts[-1],
     )
-    return Sample(prompts, fields["prompts"], denoising, fields["adapters"])
+    return Sample(prompts, fields["image_size"], fields["prompts"], denoising, fields["adapters"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import final
@@ -30,6 +31,8 @@ def weight_change(
     for adapter, strength in adapters:
         if strength == 0:
             continue
+        if adapter.dtype is not None and torch.promote_types(adapter.dtype, compute_dtype) != adapter.dtype:
+            adapter = copy.deepcopy(adapter).to(compute_dtype)  # so that T and Δ are computed in it as well
         if not adapter.transform.trivial:
             matrix = adapter.transform.matrix().to(weight.device, compute_dtype)
             step = (matrix - torch.eye(adapter.in_features, dtype=compute_dtype, device=weight.device)) * strength
@@ -97,25 +100,24 @@ class AdaptedLinear(nn.Module):
 
         Raises:
             ShapeError: it does not fit the layer.
-            TargetError: the name is taken, empty, or holds a dot (which `nn.ModuleDict` does not allow).
+            TargetError: the name is taken, empty, or one that `nn.ModuleDict` does not allow (a dot, `keys`).
+            ValueError: the strength is NaN or Inf.
         """
         if (adapter.in_features, adapter.out_features) != (self.in_features, self.out_features):
             raise ShapeError(
                 f"adapter {name!r} is for {adapter.in_features} → {adapter.out_features} features, "
                 f"the layer has {self.in_features} → {self.out_features}"
             )
-        if name in self.adapters or not name or "." in name:
+        if not name or "." in name or hasattr(self.adapters, name):  # an adapter there is an attribute as well
             raise TargetError(f"adapter name {name!r} cannot be used: expected a new name without dots")
+        self.strengths[name] = _finite(name, strength)
         self.adapters[name] = adapter.to(self.weight.device)
-        self.set_strength(name, strength)
 
     def set_strength(self, name: str, strength: float) -> None:
         """Set the strength of one adapter. Raises `TargetError` for an unknown name, `ValueError` for NaN or Inf."""
         if name not in self.adapters:
             raise TargetError(f"no adapter {name!r} here, found {sorted(self.adapters)}")
-        if not math.isfinite(strength):
-            raise ValueError(f"strength {strength} of adapter {name!r}, expected a finite number")
-        self.strengths[name] = float(strength)
+        self.strengths[name] = _finite(name, strength)
 
     def active(self) -> list[tuple[LayerAdapter, float]]:
         """The adapters whose strength is not zero, with it."""
@@ -142,3 +144,9 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapters[name]
         assert isinstance(adapter, LayerAdapter)
         return adapter
+
+
+def _finite(name: str, strength: float) -> float:
+    if not math.isfinite(strength):
+        raise ValueError(f"strength {strength} of adapter {name!r}, expected a finite number")
+    return float(strength)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trlora.errors import CheckpointError, ShapeError, SpecError
-from trlora.fields import check_known, positive_int
+from trlora.fields import check_known, finite_number, positive_int
 from trlora.residuals.base import AbstractResidual
 from trlora.tensors import contradiction, take
 
@@ -64,10 +64,8 @@ class LowRankResidualSpec:
         kind = "low_rank residual"
         check_known(kind, fields, ("rank", "alpha"))
         alpha = fields.get("alpha")
-        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0):
+        if alpha is not None and finite_number(kind, "alpha", alpha) <= 0:
             raise SpecError(f"{kind}: alpha is {alpha!r}, expected null or a number above 0")
-        if alpha is not None and not math.isfinite(alpha):
-            raise SpecError(f"{kind}: alpha is {alpha!r}, expected a finite number")
         return cls(positive_int(kind, "rank", fields.get("rank", cls.rank)), alpha)
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class TensorRingResidual(AbstractResidual):
 
     def __init__(self, row_cores: Sequence[Tensor], column_cores: Sequence[Tensor]) -> None:
         super().__init__()
-        ring.check_ring([*row_cores, *column_cores], "tensor_ring residual")
+        names = [f"row_core.{d}" for d in range(len(row_cores))]
+        names += [f"column_core.{d}" for d in range(len(column_cores))]
+        ring.check_ring([*row_cores, *column_cores], "tensor_ring residual", names)
         self.out_features = math.prod(core.shape[0] for core in row_cores)
         self.in_features = math.prod(core.shape[0] for core in column_cores)
         self.row_core = nn.ParameterList(row_cores)
@@ -103,6 +105,6 @@ class TensorRingResidualSpec:
         ranks = ring.ranks_of([*rows, *columns])
         if self.modes is not None and self.modes != modes:
             raise contradiction("modes", self.modes, modes)
-        if ring.check_ranks(self.rank, len(ranks), "tensor_ring residual") != ranks:
+        if ring.check_ranks(self.rank, len(ranks), "rank") != ranks:
             raise contradiction("rank", self.rank, list(ranks))
         return member

@@ -28,7 +28,7 @@ def identity_penalty(cores: Sequence[Tensor]) -> Tensor:
 
     Source: arXiv 2501.08727, identity regularisation.
     """
-    check_matrix_ring(cores)
+    _check_square(cores)
     return _distance(cores, [1 / math.sqrt(core.shape[2] * core.shape[3]) for core in cores])
 
 
@@ -49,6 +49,7 @@ def orthogonal_penalty(cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ShapeError: the cores are no ring, or not square.
     """
+    _check_square(cores)
     gram = product_cores(cores, cores)
     return _distance(gram, [1 / math.sqrt(core.shape[2] * core.shape[3]) for core in gram])
 
@@ -66,6 +67,7 @@ def literal_orthogonal_penalty(cores: Sequence[Tensor]) -> Tensor:
     ranks = {rank for core in cores for rank in core.shape[2:]}
     if len(ranks) > 1:
         raise ShapeError(f"the literal penalty needs one rank, found {sorted(ranks)}; use orthogonal_penalty")
+    _check_square(cores)
     gram = product_cores(cores, cores)
     rank = cores[0].shape[2]
     eye = torch.eye(rank * rank, dtype=gram[0].dtype, device=gram[0].device) / rank
@@ -75,10 +77,15 @@ def literal_orthogonal_penalty(cores: Sequence[Tensor]) -> Tensor:
 def _distance(cores: Sequence[Tensor], targets: Sequence[float | Tensor]) -> Tensor:
     """`Σ_d Σ_{r,r'} ‖A^d[:, :, r, r'] − t_d[r, r']·I‖_F`; a float target is the same for all r, r'."""
     total = cores[0].new_zeros(())
-    for d, (core, target) in enumerate(zip(cores, targets, strict=True)):
-        if core.shape[0] != core.shape[1]:
-            raise ShapeError(f"core {d} has modes {core.shape[0]} and {core.shape[1]}, expected a square core")
+    for core, target in zip(cores, targets, strict=True):
         eye = torch.eye(core.shape[0], dtype=core.dtype, device=core.device)
         off = core - eye[:, :, None, None] * target
         total = total + torch.linalg.vector_norm(off, dim=(0, 1)).sum()
     return total
+
+
+def _check_square(cores: Sequence[Tensor]) -> None:
+    check_matrix_ring(cores)
+    for d, core in enumerate(cores):
+        if core.shape[0] != core.shape[1]:
+            raise ShapeError(f"core {d} has modes {core.shape[0]} and {core.shape[1]}, expected a square core")

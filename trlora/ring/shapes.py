@@ -9,14 +9,20 @@ from torch import Tensor
 from trlora.errors import ShapeError
 
 
-def check_matrix_ring(cores: Sequence[Tensor], what: str = "tensor-ring matrix") -> None:
-    """Raise `ShapeError` unless `cores[d]` is `(I_d, J_d, R_d, R_{d+1})` and the ring closes (`R_{D+1} = R_1`)."""
-    _check(cores, dims=4, what=what)
+def check_matrix_ring(
+    cores: Sequence[Tensor], what: str = "tensor-ring matrix", names: Sequence[str] | None = None
+) -> None:
+    """Raise `ShapeError` unless `cores[d]` is `(I_d, J_d, R_d, R_{d+1})` and the ring closes (`R_{D+1} = R_1`).
+
+    `names` are the cores' names for the message, which then begins with the one that is wrong."""
+    _check(cores, 4, what, names)
 
 
-def check_ring(cores: Sequence[Tensor], what: str = "tensor ring") -> None:
-    """Raise `ShapeError` unless `cores[d]` is `(I_d, R_d, R_{d+1})` and the ring closes (`R_{D+1} = R_1`)."""
-    _check(cores, dims=3, what=what)
+def check_ring(cores: Sequence[Tensor], what: str = "tensor ring", names: Sequence[str] | None = None) -> None:
+    """Raise `ShapeError` unless `cores[d]` is `(I_d, R_d, R_{d+1})` and the ring closes (`R_{D+1} = R_1`).
+
+    `names` are the cores' names for the message, which then begins with the one that is wrong."""
+    _check(cores, 3, what, names)
 
 
 def ranks_of(cores: Sequence[Tensor]) -> tuple[int, ...]:
@@ -36,15 +42,18 @@ def check_ranks(rank: int | Sequence[int], count: int, what: str) -> tuple[int, 
     return ranks
 
 
-def _check(cores: Sequence[Tensor], dims: int, what: str) -> None:
+def _check(cores: Sequence[Tensor], dims: int, what: str, names: Sequence[str] | None) -> None:
     if not cores:
         raise ShapeError(f"{what}: no cores given, expected at least one")
+    begin = "" if names else f"{what}: "
+    names = names or [f"core {d}" for d in range(len(cores))]
     for d, core in enumerate(cores):
         if core.ndim != dims:
-            raise ShapeError(f"{what}: core {d} has shape {tuple(core.shape)}, expected {dims} dimensions")
+            raise ShapeError(f"{begin}{names[d]} has shape {tuple(core.shape)}, expected {dims} dimensions")
         following = cores[(d + 1) % len(cores)]
         if following.ndim == dims and core.shape[-1] != following.shape[-2]:
             raise ShapeError(
-                f"{what}: core {d} of shape {tuple(core.shape)} ends in rank {core.shape[-1]}, but core "
-                f"{(d + 1) % len(cores)} of shape {tuple(following.shape)} begins with rank {following.shape[-2]}"
+                f"{begin}{names[d]} of shape {tuple(core.shape)} ends in rank {core.shape[-1]}, but "
+                f"{names[(d + 1) % len(cores)]} of shape {tuple(following.shape)} begins with rank "
+                f"{following.shape[-2]}"
             )

@@ -38,6 +38,7 @@ def train_(
     *,
     penalty_kind: Penalty = "identity",
     penalty_weight: float = 0.0,
+    name: str = "default",
     max_grad_norm: float | None = None,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     accelerator: Any | None = None,
@@ -51,6 +52,7 @@ def train_(
         loss: (model, batch) → scalar.
         optimizer: over `trainable_parameters(model)`.
         penalty_kind, penalty_weight: see `penalty`; the term is left out at weight zero.
+        name: the adapter that the penalty is on.
         max_grad_norm: clip the norm of the whole gradient to this.
         schedule: stepped once a step.
         accelerator: an `accelerate.Accelerator`, which then places model and optimiser and runs the backward pass
@@ -69,7 +71,7 @@ def train_(
     losses: list[float] = []
     for step, batch in enumerate(batches):
         value = loss(prepared, batch)
-        total = value + penalty_weight * penalty(model, penalty_kind) if penalty_weight else value
+        total = value + penalty_weight * penalty(model, penalty_kind, name) if penalty_weight else value
         if not torch.isfinite(total):
             raise TrainingError(f"step {step}: the loss is {total.item()}; lower the learning rate or check the batch")
         optimizer.zero_grad()

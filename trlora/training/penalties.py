@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from trlora.errors import TargetError
 from trlora.inject import adapted_modules
 from trlora.layers import LayerAdapter
 
@@ -22,13 +23,15 @@ def penalty(model: nn.Module, kind: Penalty = "identity", name: str = "default")
 
     Raises:
         ValueError: another kind.
+        TargetError: the model has no adapter of that name.
     """
     if kind not in ("identity", "orthogonal"):
         raise ValueError(f"penalty {kind!r}, expected 'identity' or 'orthogonal'")
     total: Tensor | None = None
-    for layer in adapted_modules(model).values():
-        if name not in layer.adapters:
-            continue
+    layers = [layer for layer in adapted_modules(model).values() if name in layer.adapters]
+    if not layers:
+        raise TargetError(f"{type(model).__name__} has no adapter {name!r}; use inject_ first")
+    for layer in layers:
         adapter = layer.adapters[name]
         assert isinstance(adapter, LayerAdapter)
         if adapter.transform.trivial:

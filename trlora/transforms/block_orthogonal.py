@@ -32,12 +32,13 @@ class BlockOrthogonalTransform(AbstractTransform):
     def blocks(self) -> Tensor:
         """The orthogonal blocks, (n_blocks, b, b)."""
         size = self.block_size
-        rows, columns = torch.triu_indices(size, size, 1, device=self.skew.device)
-        upper = self.skew.new_zeros(self.skew.shape[0], size, size)
-        upper = upper.index_put((torch.arange(self.skew.shape[0])[:, None], rows, columns), self.skew)
+        skew = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))  # there is no half-precision solve
+        rows, columns = torch.triu_indices(size, size, 1, device=skew.device)
+        blocks = torch.arange(skew.shape[0], device=skew.device)[:, None]
+        upper = skew.new_zeros(skew.shape[0], size, size).index_put((blocks, rows, columns), skew)
         q = upper - upper.transpose(1, 2)
         eye = torch.eye(size, dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(eye - q, eye + q, left=False)
+        return torch.linalg.solve(eye - q, eye + q, left=False).to(self.skew.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         blocked = x.unflatten(-1, (-1, self.block_size))

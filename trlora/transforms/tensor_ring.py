@@ -26,7 +26,7 @@ class TensorRingTransform(AbstractTransform):
 
     def __init__(self, cores: Sequence[Tensor]) -> None:
         super().__init__()
-        ring.check_matrix_ring(cores, "tensor_ring transform")
+        ring.check_matrix_ring(cores, "tensor_ring transform", [f"core.{d}" for d in range(len(cores))])
         for d, core in enumerate(cores):
             if core.shape[0] != core.shape[1]:
                 raise ShapeError(f"core.{d}: modes {core.shape[0]} and {core.shape[1]} found, expected equal ones")
@@ -86,6 +86,6 @@ class TensorRingTransformSpec:
         modes, ranks = tuple(core.shape[0] for core in cores), ring.ranks_of(cores)
         if self.modes is not None and self.modes != modes:
             raise contradiction("modes", list(self.modes), list(modes))
-        if ring.check_ranks(self.rank, self.order, "tensor_ring transform") != ranks:
+        if ring.check_ranks(self.rank, self.order, "rank") != ranks:
             raise contradiction("rank", self.rank, list(ranks))
         return member

@@ -1,0 +1,40 @@
+"""Run benchmarks by name: `python -m benchmarks merge onnx`; without a name, all that can run on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks import merge_sd15, onnx_sd15, step_gpu
+
+# name → (what it measures, needs CUDA, function)
+BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
+    "merge": ("merge of random:sd15 against copying its file; memory", False, merge_sd15.main),
+    "onnx": ("ONNX export of random:sd15: seconds, memory, parity, step against torch", False, onnx_sd15.main),
+    "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
+}
+
+
+def main() -> None:
+    """Parse and run."""
+    epilog = "\n".join(f"{name:10} {text}" for name, (text, _, _) in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME", help="see below; all unless given"
+    )
+    names = parser.parse_args().names
+    for name, (text, needs_cuda, run) in BENCHMARKS.items():
+        if names and name not in names:
+            continue
+        if needs_cuda and not torch.cuda.is_available():
+            print(f"{name}: skipped, needs a CUDA device")
+            continue
+        print(f"{name}: {text}")
+        run()
+
+
+main()
