@@ -57,6 +57,8 @@ def run(source: Path, dtype: Dtype, opset: int | None, folder: Path) -> dict[str
             f"ratio {result.ratio:.3f}  roofline {result.roofline_share:.1%}  load {result.load_seconds:.0f} s  "
             f"{result.peak_memory_bytes / 2**30:.1f} GiB  relative L2 {result.relative_l2:.1e}"
         )
+        if result.note:
+            print(f"    {result.note}")
     for name, reason in report.skipped.items():
         print(f"  skipped {name}: {reason}")
     print(f"  ceiling {report.ceiling}, at least {report.least_ms:.2f} ms", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -139,7 +139,7 @@ def _layer_of(name: str) -> str:
 
 def _merged_ahead(
     file: WeightFile, layers: Mapping[str, list[tuple[LayerAdapter, float]]]
-) -> Iterator[tuple[Tensor, LayerMerge]]:
+) -> Generator[tuple[Tensor, LayerMerge]]:
     """The merged weights of a file in its order, computed on another thread a few ahead of who takes them."""
     paths = iter([path for path in map(_layer_of, (entry.name for entry in file.entries)) if path in layers])
     with ThreadPoolExecutor(1) as pool:
@@ -199,7 +199,7 @@ def _dtype_of(base: Base) -> Dtype:
         for entry in file.entries:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
     name = max(sizes, key=lambda key: sizes[key])
-    short = {full: dtype for dtype, full in SHORT_DTYPES.items()}
+    short: dict[str, Dtype] = {full: dtype for dtype, full in SHORT_DTYPES.items()}
     if name not in short:
         raise TrexportError(f"{base.name}: weights in {name}, expected F32, F16 or BF16; pass --dtype")
     return short[name]

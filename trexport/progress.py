@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -18,14 +18,9 @@ class Task(Protocol):
 class Progress(Protocol):
     """Who is told about tasks."""
 
-    def task(self, description: str, total: float | None = None) -> _TaskContext:
+    def task(self, description: str, total: float | None = None) -> AbstractContextManager[Task]:
         """A context in which the task runs; `total` None where the amount of work is not known."""
         ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *details: object) -> bool | None: ...
 
 
 class _Silent:

@@ -62,6 +62,8 @@ class Step:
     run: Callable[[], None]
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    note: str | None = None
+    """What whoever reads its latency must know."""
 
 
 class Runner(ABC):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step
+from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step, TorchModel
 from trexport.errors import ArtifactError, MissingError
 from trexport.io_spec import ModelSpec
 from trexport.models.unet import DTYPES
@@ -19,15 +19,28 @@ _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-g
 _ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # onnx.TensorProto.DataType
 
 
-def open_session(model: str | bytes, device: Device, *, folder: Path | None = None, graph: bool = False) -> Any:
+class GraphCaptureError(Exception):
+    """A session that cannot be replayed as a CUDA graph: not all of its nodes run on the device."""
+
+
+def open_session(
+    model: str | bytes,
+    device: Device,
+    *,
+    folder: Path | None = None,
+    sizes: Mapping[str, int] | None = None,
+    graph: bool = False,
+) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider of `device`.
 
     Args:
         model: a path, or the serialised graph; then `folder` is where its external data lies.
+        sizes: fixes free axes by name, so that nothing computes shapes at run time.
         graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
 
     Raises:
         MissingError: no ONNX Runtime, no such provider in it, or no kernels for the model.
+        GraphCaptureError: the model has nodes that a CUDA graph cannot hold.
         ArtifactError: ONNX Runtime does not take the model.
     """
     available = _availability(device)
@@ -42,6 +55,8 @@ def open_session(model: str | bytes, device: Device, *, folder: Path | None = No
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    for axis, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(axis, size)
     provider_options: dict[str, str] = {}
     if device == "cuda":
         # torch's stream, so that CUDA events see the work; NHWC convolutions are what tensor cores want
@@ -51,6 +66,8 @@ def open_session(model: str | bytes, device: Device, *, folder: Path | None = No
         session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDERS[device], provider_options)])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         text = str(error)
+        if graph and "graph capture" in text:
+            raise GraphCaptureError(text.strip()) from error
         if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
             raise MissingError(
                 f"onnxruntime: its {_PROVIDERS[device]} has no kernel for this model ({text.strip()}); "
@@ -86,7 +103,12 @@ class _OnnxRuntimeRunner(Runner):
         self._session = None  # one copy of the weights at a time
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # the default stream cannot be captured
-            self._session = open_session(self._path, self.device, graph=True)
+            sizes, note = sizes_of(self.spec, feeds), None
+            try:
+                self._session = open_session(self._path, self.device, sizes=sizes, graph=True)
+            except GraphCaptureError:
+                note = "not captured as a CUDA graph: ONNX Runtime runs some of this model's nodes on the CPU"
+                self._session = open_session(self._path, self.device, sizes=sizes)
             inner = self._bind(self._session, feeds)
             for _ in range(3):  # allocate, capture, replay
                 inner.run()
@@ -97,7 +119,7 @@ class _OnnxRuntimeRunner(Runner):
             inner.run()
             torch.cuda.current_stream().wait_stream(stream)
 
-        return Step(run, inner.inputs, inner.outputs)
+        return Step(run, inner.inputs, inner.outputs, note)
 
     def close(self) -> None:
         self._session = None
@@ -160,7 +182,7 @@ class OnnxRuntime(AbstractBackend):
     """ONNX Runtime with IO binding; on CUDA with a CUDA graph and NHWC convolutions."""
 
     name: ClassVar[str] = "onnxruntime"
-    consumes: ClassVar[type[OnnxFile]] = OnnxFile
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile]] = OnnxFile
 
     def availability(self, device: Device) -> Availability:
         return _availability(device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import ClassVar, cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trexport.backends.base import AbstractBackend, Availability, Device, Runner, Source, Step, TorchModel
+from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step, TorchModel
 from trexport.errors import MissingError
 from trexport.io_spec import unet_spec
 from trexport.models.unet import attach_all_, call_unet, load_unet, merge_into_
@@ -21,7 +21,7 @@ class _TorchRunner(Runner):
     def __init__(self, source: TorchModel, device: Device, *, compiled: bool) -> None:
         self.spec = unet_spec(source.base.config, source.dtype)
         self.device = device
-        model = load_unet(source.base, source.dtype)
+        model = cast(nn.Module, load_unet(source.base, source.dtype))  # diffusers' `to` has no types of its own
         if source.factored:
             attach_all_(model, source.adapters)
         else:
@@ -70,7 +70,7 @@ class _TorchRunner(Runner):
 
 
 class _Torch(AbstractBackend):
-    consumes: ClassVar[type[TorchModel]] = TorchModel
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile]] = TorchModel
     compiled: ClassVar[bool]
 
     def availability(self, device: Device) -> Availability:

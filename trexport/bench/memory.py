@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from types import TracebackType
 from typing import Self, final
@@ -40,6 +41,9 @@ class PeakMemory:
             self._peak = max(self._peak, self._used())
 
     def __enter__(self) -> Self:
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later would hide what is needed now
         self._start = self._peak = self._used()
         self._thread.start()
         return self

@@ -29,6 +29,8 @@ class BackendResult:
     """Above what was in use before it was loaded, loading included."""
     relative_l2: float
     """Of its output to the first backend's, so that nobody is fast by being wrong."""
+    note: str | None = None
+    """What whoever reads the latency must know."""
 
 
 @final

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trexport.backends import Device
@@ -47,7 +48,8 @@ class Ceiling:
 def work_of(base: Base, spec: ModelSpec, sizes: Mapping[str, int], dtype: Dtype) -> Work:
     """Count the work of one step, on the meta device."""
     feeds = {name: tensor.to("meta") for name, tensor in random_feeds(spec, sizes).items()}
-    model = empty_unet(base.config).to(DTYPES[dtype])
+    model = cast(nn.Module, empty_unet(base.config))
+    model.to(DTYPES[dtype])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = call_unet(model, feeds)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -110,6 +110,7 @@ def bench(
                     load_seconds=loaded[name][0],
                     peak_memory_bytes=loaded[name][1],
                     relative_l2=relative_l2(_output(steps[name], spec), reference),
+                    note=steps[name].note,
                 )
             )
     return BenchReport(

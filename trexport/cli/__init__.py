@@ -30,15 +30,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 class _Failure(click.ClickException):
     """A known error: one message, the documented exit code."""
 
-    def __init__(self, message: str, exit_code: int, *, as_json: bool) -> None:
+    def __init__(self, message: str, code: int, *, as_json: bool) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.code = code
         self._as_json = as_json
 
     def show(self, file: Any = None) -> None:
         super().show(file)
         if self._as_json:
-            click.echo(json.dumps({"error": self.message, "exit_code": self.exit_code}))
+            click.echo(json.dumps({"error": self.message, "exit_code": self.code}))
 
 
 @final
@@ -69,7 +69,7 @@ class _Commands(click.Group):
 
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             if close:
-                error.message += f" Did you mean {close[0]!r}?"
+                raise click.UsageError(f"{error.message} Did you mean {close[0]!r}?", ctx) from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -120,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         cli.main(args=args, prog_name="trexport", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        sys.exit(error.code if isinstance(error, _Failure) else error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was left half-made", err=True)
         sys.exit(1)

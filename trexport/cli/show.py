@@ -72,6 +72,9 @@ def show_bench(report: BenchReport) -> None:
         f"{report.ceiling.flops_per_second / 1e12:.3g} TFLOP/s and {report.ceiling.bytes_per_second / 1e9:.4g} GB/s: "
         f"at least {report.least_ms:.3g} ms"
     )
+    for result in report.results:
+        if result.note:
+            click.echo(f"{result.backend}: {result.note}")
     for name, reason in report.skipped.items():
         click.echo(f"skipped {name}: {reason}")
 

@@ -53,7 +53,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 def spec_of_graph(model: onnx.ModelProto) -> ModelSpec:
     """The inputs and outputs of an ONNX model; dtypes other than float16 and bfloat16 count as fp32."""
-    short = {number: dtype for dtype, number in _ONNX_DTYPES.items()}
+    short: dict[int, Dtype] = {number: dtype for dtype, number in _ONNX_DTYPES.items()}
     initializers = {initializer.name for initializer in model.graph.initializer}
 
     def read(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -49,7 +49,7 @@ class SafetensorsWriter:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes in C order, without a copy where it lies so."""
     flat = tensor.detach().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def safetensors_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

@@ -63,7 +63,9 @@ def first_deviation(
     """
     program = trace(model, spec_as_float32(spec), sizes_of(spec, feeds), opset)
     graph = load_graph(onnx_path)
-    known = {node.name: node for node in program.exported_program.graph.nodes}
+    exported = program.exported_program
+    assert exported is not None
+    known = {node.name: node for node in exported.graph.nodes}
     probes = [
         _Probe(output, node.op_type, scope)
         for node in graph.graph.node
@@ -76,7 +78,7 @@ def first_deviation(
     probes.append(_Probe(graph_output, "output", ""))
     names_wanted = {probe.name for probe in probes}
     ordered = [feeds[tensor.name].float() for tensor in spec.inputs]
-    expected = _replay(program.exported_program, ordered, names_wanted, graph_output)
+    expected = _replay(exported, ordered, names_wanted, graph_output)
     probes = [probe for probe in probes if probe.name in expected]
 
     errors: dict[int, float] = {}

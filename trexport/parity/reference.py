@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trexport.backends import Device
 from trexport.models.adapters import BoundAdapter
@@ -23,7 +23,7 @@ class Reference:
     def __init__(
         self, base: Base, adapters: Sequence[BoundAdapter], device: Device, *, progress: Progress = SILENT
     ) -> None:
-        self._model = load_unet(base, "fp32", progress=progress)
+        self._model = cast(nn.Module, load_unet(base, "fp32", progress=progress))
         attach_all_(self._model, adapters)
         self._model.to(device)
         self._device = device

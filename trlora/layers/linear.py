@@ -87,12 +87,12 @@ class AdaptedLinear(nn.Module):
         return self.base.out_features
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base weight, untouched: what code that asks a linear layer for its dtype or device reads."""
         return self.base.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         return self.base.bias
 
     def add(self, name: str, adapter: LayerAdapter, strength: float = 1.0) -> None:
