@@ -28,7 +28,7 @@ demo: $(VENV)/.run
 	$(BIN)/trexport demo -o $(OUT) --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from trexport.backends.base import Step as Step
 from trexport.backends.base import TorchModel as TorchModel
 from trexport.backends.onnxruntime import OnnxRuntime
 from trexport.backends.torch import TorchCompile, TorchEager
-from trexport.errors import UsageError
+from trexport.errors import MissingError, UsageError
 from trlora.errors import nearest
 
 BACKENDS: dict[str, AbstractBackend] = {
@@ -28,11 +28,20 @@ def backend_of(name: str) -> AbstractBackend:
 
 
 def device_of(name: str) -> Device:
-    """`auto` is CUDA where torch sees one, the CPU otherwise."""
+    """`auto` is CUDA where torch sees one, the CPU otherwise.
+
+    Raises:
+        UsageError: another name.
+        MissingError: CUDA is asked for and not here.
+    """
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MissingError(
+            f"torch {torch.__version__} sees no CUDA device; use --device cpu, or install torch for CUDA"
+        )
     if name == "cpu" or name == "cuda":
         return name
     raise UsageError(f"unknown device {name!r}, expected auto, cpu or cuda")

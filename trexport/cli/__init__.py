@@ -117,13 +117,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        cli.main(args=args, prog_name="trexport", standalone_mode=False)
+        code = cli.main(args=args, prog_name="trexport", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.code if isinstance(error, _Failure) else error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was left half-made", err=True)
         sys.exit(1)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)  # what `ctx.exit` was given

@@ -156,8 +156,9 @@ def judge(
         failures.append("every adapter has strength 0: the artifact is the base, and no effect can be shown")
     elif adapted:
         effect = max(step.effect for step in steps)
-        error = max(step.relative_l2 for step in steps)
-        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error if math.isfinite(error) else 0.0)
+        # an error outside its tolerance has failed above, and says nothing about the adapters
+        error = max((s.relative_l2 for s in steps if s.relative_l2 <= tolerance.relative_l2), default=0.0)
+        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error)
         if not effect >= least:
             failures.append(
                 f"the adapters move the output by {effect:.3g} at most, expected at least {least:.3g}: they do nothing "
@@ -165,7 +166,7 @@ def judge(
             )
         # triangle inequality: an artifact that equals the adapted reference is as far from the base as that one is
         stuck = [step for step in steps if not step.distance_to_base >= 0.5 * step.effect]
-        if stuck and effect >= least:
+        if stuck and effect >= _LEAST_EFFECT:
             failures.append(
                 f"the artifact is nearer to the base than its adapters should leave it in {len(stuck)} of {len(steps)} "
                 "cases: they are not, or not wholly, in it"

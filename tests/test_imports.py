@@ -1,0 +1,401 @@
+"""Who may import whom (the storeys of the design), held over every file that there is.
+
+Each rule is a function from a package's import statements to the violations it finds. It is tried on small packages made
+to break it, and then on `trlora` and `trexport`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- reading import statements -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module."""
+
+    importer: str
+    target: str
+    line: int
+    at_import: bool
+    """Whether it runs when the importing file is imported: not inside a function, and not for type checkers only."""
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.target}"
+
+
+def module_files(package: Path) -> dict[str, Path]:
+    """The modules of a package, by dotted name."""
+    files = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+def imports_of(package: Path) -> list[Import]:
+    """Every import statement of a package, relative ones resolved; `from a import b` is of `a.b` where that is a module."""
+    files = module_files(package)
+    found: list[Import] = []
+    for importer, path in files.items():
+        for node, at_import in statements(ast.parse(path.read_text(encoding="utf-8")), True):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            else:
+                parent = node.module or ""
+                if node.level:
+                    anchor = importer.split(".") if path.name == "__init__.py" else importer.split(".")[:-1]
+                    anchor = anchor[: len(anchor) - node.level + 1]
+                    parent = ".".join([*anchor, *([node.module] if node.module else [])])
+                names = [f"{parent}.{alias.name}" for alias in node.names]
+                targets = [name if name in files else parent for name in names]
+            found += [Import(importer, target, node.lineno, at_import) for target in dict.fromkeys(targets)]
+    return found
+
+
+def statements(node: ast.AST, at_import: bool) -> Iterable[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, at_import
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(child, False)
+        elif isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            yield from statements(ast.Module(child.body, []), False)
+            yield from statements(ast.Module(child.orelse, []), at_import)
+        else:
+            yield from statements(child, at_import)
+
+
+def under(module: str, *packages: str) -> bool:
+    """Whether a module is one of these or inside one of them."""
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def part_of(module: str) -> str:
+    """The part of its package that a module belongs to: `trlora.ring.cost` → `ring`; the package itself is ``."""
+    return module.split(".")[1] if "." in module else ""
+
+
+# --- rules -------------------------------------------------------------------------------------------------------------
+
+Rule = Callable[[list[Import]], list[Import]]
+
+TRLORA_STOREYS = [
+    {"errors", "files", "fields", "tensors"},
+    {"ring"},
+    {"transforms", "residuals"},
+    {"spec", "layers"},
+    {"targets", "inject", "merge", "checkpoint"},
+    {"training"},
+]
+TREXPORT_STOREYS = [
+    # every part that no other storey names is a leaf: errors, io_spec, manifest, hashing, progress, …
+    {"models", "graph", "backends"},
+    {"artifact", "merging", "inspecting", "parity", "bench", "deploy", "demo"},
+    {"cli", "__main__"},
+]
+RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+
+
+def trlora_stands_alone(imports: list[Import]) -> list[Import]:
+    """torch, safetensors and the standard library only; never trexport."""
+    allowed = {"torch", "safetensors", "trlora", *sys.stdlib_module_names}
+    return [item for item in imports if item.target.split(".")[0] not in allowed]
+
+
+def trlora_builds_upward(imports: list[Import]) -> list[Import]:
+    """No part of trlora imports a part above it, or the package's own front door."""
+    storey = {part: number for number, parts in enumerate(TRLORA_STOREYS) for part in parts}
+    inside = [item for item in imports if under(item.target, "trlora") and part_of(item.importer)]
+    return [
+        item
+        for item in inside
+        if part_of(item.target) not in storey or storey[part_of(item.target)] > storey.get(part_of(item.importer), -1)
+    ]
+
+
+def the_ring_is_pure(imports: list[Import]) -> list[Import]:
+    """The ring knows nothing of trlora but its errors."""
+    return [
+        item
+        for item in imports
+        if under(item.importer, "trlora.ring")
+        and under(item.target, "trlora")
+        and not under(item.target, "trlora.ring", "trlora.errors")
+    ]
+
+
+def members_are_apart(imports: list[Import]) -> list[Import]:
+    """Transforms and residuals never import each other, and no member another one."""
+    violations = []
+    for item in imports:
+        kind, other = part_of(item.importer), part_of(item.target)
+        if {kind, other} == {"transforms", "residuals"}:
+            violations.append(item)
+        elif kind == other and kind in ("transforms", "residuals") and item.importer != f"trlora.{kind}":
+            violations += [item] if item.target != f"trlora.{kind}.base" else []
+    return violations
+
+
+def only_models_know_diffusers(imports: list[Import]) -> list[Import]:
+    return [item for item in imports if under(item.target, "diffusers") and not under(item.importer, "trexport.models")]
+
+
+def backends_are_apart(imports: list[Import]) -> list[Import]:
+    """A backend imports the contract (base.py) and the registry (__init__.py), never another backend."""
+    shared = ("trexport.backends", "trexport.backends.base")
+    return [
+        item
+        for item in imports
+        if under(item.importer, "trexport.backends")
+        and item.importer not in shared
+        and under(item.target, "trexport.backends")
+        and item.target not in (*shared, item.importer)
+    ]
+
+
+def runtimes_are_imported_late(imports: list[Import]) -> list[Import]:
+    """A third-party runtime is imported inside a function of a file of the backends."""
+    return [
+        item
+        for item in imports
+        if under(item.target, *RUNTIMES) and (item.at_import or not under(item.importer, "trexport.backends"))
+    ]
+
+
+def trexport_builds_upward(imports: list[Import]) -> list[Import]:
+    """No part of trexport imports a part above it."""
+    storey = {part: number for number, parts in enumerate(TREXPORT_STOREYS, 1) for part in parts}
+    return [
+        item
+        for item in imports
+        if under(item.target, "trexport")
+        and storey.get(part_of(item.target), 0) > storey.get(part_of(item.importer), 0)
+    ]
+
+
+def no_import_goes_round(imports: list[Import]) -> list[Import]:
+    """The statements that run at import make no cycle."""
+    modules = {item.importer for item in imports}
+    edges: dict[str, list[Import]] = {}
+    for item in imports:
+        if item.at_import and item.target in modules and not under(item.importer, item.target):
+            edges.setdefault(item.importer, []).append(item)
+    state: dict[str, int] = {}
+    back: list[Import] = []
+
+    def visit(module: str) -> None:
+        state[module] = 1
+        for item in edges.get(module, []):
+            if state.get(item.target) == 1:
+                back.append(item)
+            elif item.target not in state:
+                visit(item.target)
+        state[module] = 2
+
+    for module in sorted(modules):
+        if module not in state:
+            visit(module)
+    return back
+
+
+TRLORA_RULES: list[Rule] = [
+    trlora_stands_alone,
+    trlora_builds_upward,
+    the_ring_is_pure,
+    members_are_apart,
+    no_import_goes_round,
+]
+TREXPORT_RULES: list[Rule] = [
+    only_models_know_diffusers,
+    backends_are_apart,
+    runtimes_are_imported_late,
+    trexport_builds_upward,
+    no_import_goes_round,
+]
+
+
+# --- the rules on packages made to break them --------------------------------------------------------------------------
+
+BREAKS: dict[str, tuple[Rule, dict[str, str], list[str]]] = {
+    "third party": (
+        trlora_stands_alone,
+        {
+            "trlora/ring/cost.py": "import numpy as np\nimport torch.nn\nimport math",
+            "trlora/merge.py": "def f():\n    from diffusers.models import x",
+            "trlora/spec.py": "import trexport.errors\nfrom safetensors.torch import save_file",
+        },
+        ["numpy", "diffusers.models", "trexport.errors"],
+    ),
+    "upward": (
+        trlora_builds_upward,
+        {
+            "trlora/ring/cost.py": "from trlora.errors import a\nfrom trlora.transforms import b",
+            "trlora/layers/linear.py": "from trlora.spec import a\nfrom trlora import inject",
+            "trlora/inject.py": "from trlora.layers import a\nfrom .training import b",
+            "trlora/spec.py": "from trlora import AdapterSpec",
+            "trlora/training/loop.py": "from trlora.merge import a",
+            "trlora/errors.py": "if TYPE_CHECKING:\n    from trlora import checkpoint",
+            "trlora/checkpoint.py": "",
+        },
+        ["trlora.transforms", "trlora.inject", "trlora.training", "trlora", "trlora.checkpoint"],
+    ),
+    "ring": (
+        the_ring_is_pure,
+        {
+            "trlora/ring/init.py": "from trlora import fields\nfrom trlora.ring import modes\nfrom trlora.errors import b",
+            "trlora/ring/modes.py": "from ..files import x",
+            "trlora/fields.py": "",
+        },
+        ["trlora.fields", "trlora.files"],
+    ),
+    "members": (
+        members_are_apart,
+        {
+            "trlora/transforms/a.py": "from trlora.residuals.base import x\nfrom trlora.transforms.base import y",
+            "trlora/transforms/__init__.py": "from trlora.transforms.a import x",
+            "trlora/residuals/b.py": "from trlora.residuals.c import x",
+            "trlora/residuals/c.py": "def f():\n    import trlora.transforms",
+            "trlora/transforms/base.py": "",
+        },
+        ["trlora.residuals.base", "trlora.residuals.c", "trlora.transforms"],
+    ),
+    "diffusers": (
+        only_models_know_diffusers,
+        {
+            "trexport/models/unet.py": "from diffusers import A",
+            "trexport/graph/export.py": "def f():\n    import diffusers",
+            "trexport/models2.py": "import diffusers.models",
+        },
+        ["diffusers", "diffusers.models"],
+    ),
+    "backends": (
+        backends_are_apart,
+        {
+            "trexport/backends/__init__.py": "from trexport.backends.torch import A",
+            "trexport/backends/base.py": "",
+            "trexport/backends/torch.py": "from trexport.backends import onnxruntime\nfrom .base import B",
+            "trexport/backends/onnxruntime.py": "def f():\n    from .torch import A\nfrom trexport.backends import registry",
+        },
+        ["trexport.backends.onnxruntime", "trexport.backends.torch"],
+    ),
+    "runtimes": (
+        runtimes_are_imported_late,
+        {
+            "trexport/backends/onnxruntime.py": "def f():\n    import onnxruntime\nclass A:\n    import onnxruntime.tools",
+            "trexport/backends/tensorrt.py": "try:\n    import tensorrt\nexcept ImportError: pass",
+            "trexport/bench/run.py": "def f():\n    import tensorrt_rtx",
+            "trexport/backends/rtx.py": "if TYPE_CHECKING:\n    import tensorrt\nasync def f():\n    import tensorrt_rtx",
+        },
+        ["onnxruntime.tools", "tensorrt", "tensorrt_rtx"],
+    ),
+    "trexport upward": (
+        trexport_builds_upward,
+        {
+            "trexport/__init__.py": "from trexport.errors import a\nfrom trexport.models import b",
+            "trexport/errors.py": "def f():\n    from trexport.cli.console import a",
+            "trexport/hashing.py": "from trexport import errors",
+            "trexport/models/base.py": "import trexport.parity.report\nfrom trexport.graph import x",
+            "trexport/parity/validate.py": "from trexport.bench import a\nfrom trexport.backends import b",
+            "trexport/demo/run.py": "from ..cli import c",
+        },
+        ["trexport.models", "trexport.cli.console", "trexport.parity.report", "trexport.cli"],
+    ),
+    "round": (
+        no_import_goes_round,
+        {
+            "p/__init__.py": "from p.a import x",
+            "p/a.py": "import p.b",
+            "p/b.py": "from p import c",
+            "p/c.py": "from .a import x\ndef f():\n    import p.d",
+            "p/d.py": "import p.c",
+        },
+        ["p.a"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "files", "targets"), BREAKS.values(), ids=BREAKS)
+def test_the_rule_sees_what_breaks_it(rule: Rule, files: dict[str, str], targets: list[str], tmp_path: Path) -> None:
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    found = rule(imports_of(tmp_path / next(iter(files)).split("/")[0]))
+    assert sorted(item.target for item in found) == sorted(targets)
+
+
+def test_every_rule_is_tried() -> None:
+    assert {rule for rule, _, _ in BREAKS.values()} == {*TRLORA_RULES, *TREXPORT_RULES}
+
+
+# --- the rules on the packages -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", TRLORA_RULES)
+def test_trlora_keeps_the_rule(rule: Rule) -> None:
+    assert [str(item) for item in rule(imports_of(ROOT / "trlora"))] == []
+
+
+@pytest.mark.parametrize("rule", TREXPORT_RULES)
+def test_trexport_keeps_the_rule(rule: Rule) -> None:
+    assert [str(item) for item in rule(imports_of(ROOT / "trexport"))] == []
+
+
+def test_every_part_of_trlora_has_its_storey() -> None:
+    parts = {part_of(module) for module in module_files(ROOT / "trlora")} - {""}
+    assert parts == set().union(*TRLORA_STOREYS)
+
+
+def test_the_imports_of_both_packages_are_seen() -> None:
+    """The reader finds what is known to be there, so that no rule holds for want of input."""
+    trlora = {(item.importer, item.target) for item in imports_of(ROOT / "trlora")}
+    assert {
+        ("trlora.transforms.tensor_ring", "trlora.ring"),
+        ("trlora.checkpoint", "safetensors.torch"),
+        ("trlora.training.loop", "trlora.inject"),
+    } <= trlora
+    trexport = {(item.importer, item.target) for item in imports_of(ROOT / "trexport")}
+    assert ("trexport.models.unet", "diffusers") in trexport
+    assert ("trexport.backends.onnxruntime", "onnxruntime") in trexport
+
+
+# --- what is loaded ----------------------------------------------------------------------------------------------------
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has loaded after running `code`."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_trlora_loads_torch_and_safetensors_only() -> None:
+    loaded = loaded_by("import trlora, trlora.training")
+    assert {"trlora", "torch", "safetensors"} <= loaded
+    heavy = {"diffusers", "transformers", "peft", "accelerate", "onnx", "onnxscript", "click", "rich", "trexport"}
+    assert loaded & (heavy | set(RUNTIMES)) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["merge", "--help"]], ids=" ".join)
+def test_help_is_shown_without_loading_torch(arguments: list[str]) -> None:
+    loaded = loaded_by(
+        f"import sys\nfrom trexport.cli import main\nsys.argv = {['trexport', *arguments]!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
+    )
+    assert {"trexport", "click"} <= loaded
+    assert loaded & {"torch", "diffusers", "transformers", "onnx", "numpy", "trlora", *RUNTIMES} == set()

@@ -1,0 +1,191 @@
+"""The command line as its users type it: help, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trexport.helpers import copy_of, leftovers, run_cli
+from trexport.artifact import Artifact, open_artifact
+from trexport.cli import COMMANDS
+
+TREXPORT = [sys.executable, "-m", "trexport.cli"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli([command, flag]) == 0
+    text = capsys.readouterr().out
+    assert f"Usage: trexport {command}" in text
+    assert "--json" in text
+
+
+def test_the_list_of_commands_and_the_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["-h"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in COMMANDS)
+    assert "Exit codes" in text
+
+
+def test_merge_then_validate_then_inspect_as_json(
+    unet_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run_cli(["merge", unet_folder, f"{adapter_folder}=0.5", "-o", out, "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert len(merged["layers"]) == 32
+    assert merged["unchanged"] == []
+    quick = ["--timesteps", "5", "--seeds", "1", "--trajectory-steps", "2", "--sequence-length", "4"]
+    assert run_cli(["validate", out, *quick, "--json"]) == 0
+    parity = json.loads(capsys.readouterr().out)
+    assert parity["passed"] is True
+    assert run_cli(["inspect", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapters"][0]["strength"] == 0.5
+    assert found["verified"] is True
+
+
+def test_tables_for_people(
+    unet_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run_cli(["merge", unet_folder, adapter_folder, "-o", out]) == 0
+    text = capsys.readouterr().out
+    assert "relative change" in text
+    assert str(out) in text
+    assert run_cli(["validate", out, "--timesteps", "5", "--seeds", "1", "--trajectory-steps", "2"]) == 0
+    assert "passed" in capsys.readouterr().out
+    assert run_cli(["inspect", adapter_folder]) == 0
+    assert "TLoRA(2,6)" in capsys.readouterr().out
+
+
+def test_parity_not_met_is_exit_code_3(onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--timesteps", "5", "--seeds", "1", "--trajectory-steps", "0", "--no-locate", "--max-relative-l2", "1e-12"]
+    assert run_cli(["validate", onnx_artifact.folder, *quick]) == 3
+    captured = capsys.readouterr()
+    assert "parity not met" in captured.err
+    assert run_cli(["validate", onnx_artifact.folder, *quick, "--json"]) == 3
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["passed"] is False
+    assert fields["failures"]
+
+
+def test_bench_writes_json_and_a_plot(
+    onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench"
+    sizes = ["--height", "8", "--width", "8", "--sequence-length", "5", "--batch-size", "1"]
+    backends = ["--backend", "torch", "--backend", "onnxruntime"]
+    quick = ["--iterations", "3", "--warm-up", "1", "--device", "cpu"]
+    assert run_cli(["bench", onnx_artifact.folder, *backends, *sizes, *quick, "-o", out, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "bench.json").read_text()) == printed
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert [result["backend"] for result in printed["results"]] == ["torch", "onnxruntime"]
+    assert run_cli(["bench", onnx_artifact.folder, *backends, *sizes, *quick]) == 0
+    assert "roofline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx"])
+def test_a_dry_run_writes_nothing(
+    command: str, unet_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, unet_folder, adapter_folder, "-o", tmp_path / "out", "--dry-run"]
+    assert run_cli([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["size_bytes"] > 0
+    assert run_cli(arguments) == 0
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nosuch"], 2),
+        (["merge"], 2),
+        (["merge", "random:tiny"], 2),
+        (["merge", "random:tiny", "-o", "{tmp}/x"], 2),
+        (["merge", "random:tinny", "random:lora:2", "-o", "{tmp}/x"], 2),
+        (["merge", "random:tiny", "random:lora:2=x", "-o", "{tmp}/x"], 2),
+        (["merge", "random:tiny", "random:lora:2", "-o", "{tmp}/x", "--dtype", "int8"], 2),
+        (["merge", "no/such", "random:lora:2", "-o", "{tmp}/x"], 1),
+        (["merge", "random:tiny", "{tmp}/nothing", "-o", "{tmp}/x"], 1),
+        (["onnx", "random:tiny", "-o", "{tmp}/x", "--opset", "5"], 2),
+        (["onnx", "random:tiny", "-o", "{tmp}/x", "--height", "9"], 2),
+        (["inspect", "{tmp}/nothing"], 1),
+        (["validate", "{tmp}/nothing"], 1),
+        (["validate", "{tmp}", "--timesteps", "a"], 2),
+        (["validate", "{tmp}", "--timesteps", "5000"], 2),
+        (["bench", "random:tiny", "--backend", "tensorflow"], 2),
+        (["demo", "--adapter", "ten", "-o", "{tmp}/x"], 2),
+    ],
+)
+def test_wrong_usage_has_one_message_and_its_exit_code(
+    arguments: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "work").mkdir()
+    work = tmp_path / "work"
+    assert run_cli([argument.format(tmp=work) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert [line.startswith("Error: ") for line in captured.err.splitlines()].count(True) == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert leftovers(work) == []
+
+
+def test_a_missing_device_is_exit_code_4(onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--backend", "torch", "--device", "cuda", "--iterations", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [*TREXPORT, "bench", "random:tiny", *quick, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 4
+    assert json.loads(done.stdout)["exit_code"] == 4
+    assert "CUDA" in done.stderr
+
+
+def test_a_missing_package_breaks_only_what_needs_it(
+    onnx_artifact: Artifact, unet_folder: Path, adapter_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run_cli(["merge", unet_folder, adapter_folder, "-o", tmp_path / "out"]) == 0
+    capsys.readouterr()
+    assert run_cli(["validate", onnx_artifact.folder, "--timesteps", "5", "--trajectory-steps", "0"]) == 4
+    assert "trexport[onnxruntime]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [*TREXPORT, "onnx", "random:tiny", "random:tlora:2:6", "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not leftovers(tmp_path) and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None  # it is at work, in its temporary folder
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, error = process.communicate()
+    assert process.returncode == 1
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert leftovers(tmp_path) == []
+
+
+def test_an_output_that_is_not_empty_is_refused_before_any_work(
+    unet_folder: Path, adapter_folder: Path, onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copy_of(onnx_artifact.folder, tmp_path / "out")
+    for command in ("merge", "onnx"):
+        assert run_cli([command, unet_folder, adapter_folder, "-o", out]) == 1
+        assert "--overwrite" in capsys.readouterr().err
+    open_artifact(out)  # still whole
+    assert run_cli(["merge", unet_folder, adapter_folder, "-o", out, "--overwrite"]) == 0
+    assert open_artifact(out).manifest.kind == "unet"
+    assert leftovers(tmp_path) == ["out"]

@@ -1,0 +1,32 @@
+import pytest
+
+from trexport.io_spec import ModelSpec, default_sizes, downscale_of, unet_spec
+from trexport.models.architectures import ARCHITECTURES
+
+
+def test_names_and_axes_are_optimum_s() -> None:
+    spec = unet_spec(ARCHITECTURES["sdxl"], "fp16")
+    assert [tensor.name for tensor in spec.inputs] == [
+        "sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids",
+    ]  # fmt: skip
+    assert [tensor.axes for tensor in spec.inputs] == [
+        ("batch_size", 4, "height", "width"), (), ("batch_size", "sequence_length", 2048),
+        ("batch_size", 1280), ("batch_size", 6),
+    ]  # fmt: skip
+    assert [tensor.name for tensor in spec.outputs] == ["out_sample"]
+    assert [tensor.dtype for tensor in spec.inputs] == ["fp16", "fp32", "fp16", "fp16", "fp16"]
+
+
+def test_fixed_axes_are_not_free_and_can_be_read_back() -> None:
+    spec = unet_spec(ARCHITECTURES["sd15"], "fp32", {"height": 64, "batch_size": 2})
+    assert set(spec.free_axes) == {"width", "sequence_length"}
+    assert spec.fixed_sizes() == {"batch_size": 2, "height": 64}
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(KeyError):
+        spec.inputs[0].shape({})
+
+
+def test_sizes_of_stable_diffusion() -> None:
+    config = ARCHITECTURES["sd15"]
+    assert default_sizes(config) == {"batch_size": 2, "height": 64, "width": 64, "sequence_length": 77}
+    assert downscale_of(config) == 8
