@@ -8,6 +8,7 @@ from typing import Any
 
 from trexport.backends import Device
 from trexport.bench.environment import environment
+from trexport.jsonable import finite
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,6 +18,6 @@ def keep(name: str, command: str, device: Device, fields: dict[str, Any]) -> Pat
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {"command": command, "environment": environment(device)} | fields
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print(f"kept: {path.relative_to(RESULTS.parent.parent)}")
     return path

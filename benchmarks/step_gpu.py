@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from benchmarks.record import keep
 from trexport.artifact import open_artifact
 from trexport.backends import OnnxFile
 from trexport.bench.run import BenchOptions, bench
+from trexport.errors import MissingError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.io_spec import Dtype, default_sizes
 from trexport.models.adapters import open_adapters
@@ -41,13 +43,18 @@ def run(source: Path, dtype: Dtype, opset: int | None, folder: Path) -> dict[str
     adapters = open_adapters([ADAPTER], base)
     manifest = export_onnx(base, adapters, folder, ExportOptions(dtype, opset, default_sizes(base.config)))
     artifact = open_artifact(folder, verify=False)
-    parity = validate(
-        artifact, base, adapters, "cuda", ValidateOptions(timesteps=(1, 500, 999), seeds=(0,), trajectory_steps=10)
-    )
-    print(f"{dtype}, opset {manifest.opset}: parity {'passed' if parity.passed else parity.failures}")
-    print(f"  relative L2 {[f'{step.relative_l2:.2e}' for step in parity.steps]}, trajectory {parity.trajectory}")
-    if parity.first_deviation or parity.location_note:
-        print(f"  {parity.first_deviation} {parity.location_note or ''}")
+    print(f"{dtype}, opset {manifest.opset}:")
+    try:
+        options = ValidateOptions(timesteps=(1, 500, 999), seeds=(0,), trajectory_steps=10)
+        parity = dataclasses.replace(validate(artifact, base, adapters, "cuda", options), artifact="random:sd15")
+        verdict = parity.to_dict()
+        print(f"  parity {'passed' if parity.passed else parity.failures}")
+        print(f"  relative L2 {[f'{step.relative_l2:.2e}' for step in parity.steps]}, trajectory {parity.trajectory}")
+        if parity.first_deviation or parity.location_note:
+            print(f"  {parity.first_deviation} {parity.location_note or ''}")
+    except MissingError as error:
+        verdict = {"passed": None, "skipped": str(error)}
+        print(f"  parity skipped: {error}")
     onnx = OnnxFile(artifact.onnx_path, artifact.manifest.io)
     report = bench(base, adapters, onnx, "cuda", BenchOptions(dtype=dtype, warm_up=5, iterations=60))
     for result in report.results:
@@ -66,6 +73,6 @@ def run(source: Path, dtype: Dtype, opset: int | None, folder: Path) -> dict[str
         "base": "random:sd15",
         "opset": manifest.opset,
         "adapter": ADAPTER,
-        "parity": parity.to_dict(),
-        "bench": report.to_dict(),
+        "parity": verdict,
+        "bench": report.to_dict() | {"model": "random:sd15"},
     }

@@ -34,8 +34,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Raises:
         FileExistsError: `path` is a file, or a folder with something in it and `overwrite` is not set.
     """
-    target = Path(path)
-    check_free(target, overwrite=overwrite)
+    check_free(path, overwrite=overwrite)
+    target = Path(path).resolve()  # a link stays, what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -67,6 +67,8 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
     target = Path(path)
     if target.is_file():
         raise FileExistsError(f"{target} is a file, expected a folder or nothing there")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise FileExistsError(f"{target} holds the folder that this runs in, expected one below or beside it")
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass --overwrite (overwrite=True)")
 

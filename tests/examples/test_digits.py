@@ -164,8 +164,8 @@ def test_attached_adapter_leaves_no_trace(base: UNet2DConditionModel) -> None:
     assert state_bits(base) == bits_before
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_help_runs(script: str) -> None:
+def test_train_explains_itself() -> None:
     pytest.importorskip("sklearn")
-    done = subprocess.run([sys.executable, SCRIPTS / script, "--help"], capture_output=True, text=True, check=True)
-    assert "--sample" in done.stdout
+    command = [sys.executable, SCRIPTS / "train.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("base", *ADAPTERS))

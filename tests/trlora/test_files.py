@@ -15,9 +15,9 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def _umask_027() -> Iterator[None]:
-    before = os.umask(0o027)
-    yield
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
     os.umask(before)
 
 
@@ -60,15 +60,22 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert target.read_bytes() == b"new"
 
 
-@pytest.mark.usefixtures("_umask_027")
-def test_results_have_the_permissions_of_any_other_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)], indirect=["umask"]
+)
+def test_results_have_the_permissions_of_any_other_file(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
+    """Also those that their writer makes for one user, as safetensors does."""
     with atomic_file(tmp_path / "file") as temporary:
         temporary.write_bytes(b"x")
+        temporary.chmod(0o600)
     with atomic_folder(tmp_path / "folder") as folder:
         (folder / "inside").write_bytes(b"x")
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
-    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
-    assert os.umask(0o027) == 0o027  # looked at, not changed
+        (folder / "inside").chmod(0o600)
+    for name, mode in (("file", file_mode), ("folder", folder_mode), ("folder/inside", file_mode)):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name
+    assert os.umask(umask) == umask  # looked at, not changed
 
 
 def test_a_folder_appears_whole_at_the_end(tmp_path: Path) -> None:
@@ -160,3 +167,21 @@ def test_a_file_is_never_taken_for_a_folder(tmp_path: Path, overwrite: bool) -> 
     with pytest.raises(FileExistsError, match="is a file"), atomic_folder(tmp_path / "a", overwrite=overwrite):
         pytest.fail("the block is not entered")
     assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "x").read_text() == "1"
+
+
+def test_the_folder_that_the_process_runs_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for name in (".", tmp_path / "a", tmp_path):
+        with pytest.raises(FileExistsError, match="runs in"), atomic_folder(name, overwrite=True):
+            pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]

@@ -274,3 +274,17 @@ def test_training_keeps_the_adapted_layers() -> None:
     train_(model, batches(2), loss, adam(model), accelerator=accelerator())
     assert adapted_modules(model) == layers
     assert all(isinstance(layer, AdaptedLinear) for layer in layers.values())
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step() -> None:
+    model, batches = nn.Sequential(nn.Linear(6, 6)), [torch.randn(4, 6)]
+    inject_(model, AdapterSpec.from_dict({"residual": {"type": "low_rank", "rank": 2}}), "0")
+    parameters = trainable_parameters(model)
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def loss(m: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (m(batch) - m(batch).detach()).abs().sum().sqrt()  # zero, with an infinite slope
+
+    with pytest.raises(TrainingError, match="step 0"):
+        train_(model, batches, loss, torch.optim.SGD(parameters, lr=0.1))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))

@@ -55,6 +55,7 @@ def command(
     from trexport.cli.console import print_json, progress_for
     from trexport.cli.show import show_bench
     from trexport.errors import UsageError
+    from trexport.jsonable import finite
     from trexport.manifest import MANIFEST_NAME
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
@@ -92,7 +93,9 @@ def command(
     report = bench(source, bound, onnx, device_of(device), options, progress=progress)
     if out is not None:
         with atomic_folder(out, overwrite=overwrite) as folder:
-            (folder / "bench.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            (folder / "bench.json").write_text(
+                json.dumps(finite(report.to_dict()), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
             plot(report, folder / "bench.png")
     if as_json:
         print_json(report.to_dict())

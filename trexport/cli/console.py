@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trexport.jsonable import finite
 from trexport.progress import SILENT, Task
 from trexport.progress import Progress as AbstractProgress
 
@@ -25,7 +25,7 @@ def progress_for(as_json: bool) -> AbstractProgress:
 
 def print_json(fields: Any) -> None:
     """One JSON document; NaN and Inf, which JSON does not have, as strings."""
-    click.echo(json.dumps(_finite(fields), indent=2))
+    click.echo(json.dumps(finite(fields), indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -47,16 +47,6 @@ def gigabytes(size_bytes: float) -> str:
         if size_bytes >= scale:
             return f"{size_bytes / scale:.3g} {unit}"
     return f"{size_bytes:.0f} B"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 @final

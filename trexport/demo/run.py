@@ -18,6 +18,7 @@ from trexport.demo.html import report_html
 from trexport.demo.pictures import draw, png_strip
 from trexport.errors import UsageError
 from trexport.graph.export import export_onnx
+from trexport.jsonable import finite
 from trexport.manifest import package_versions
 from trexport.merging import merge
 from trexport.models.adapters import open_adapters
@@ -120,7 +121,9 @@ def run_demo(
         )
         (folder / REPORT_NAME).write_text(html, encoding="utf-8")
         fields = {"parity": {key: value.to_dict() for key, value in parity.items()}, "bench": report.to_dict()}
-        (folder / "report.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(
+            json.dumps(finite(fields), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return DemoResult(parity, report)
 
 

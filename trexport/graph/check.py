@@ -21,8 +21,8 @@ def check_model(path: Path, spec: ModelSpec, parameters: Iterable[str]) -> None:
     """Raise `ExportError` unless the file passes `onnx.checker`, has the inputs and outputs of `spec`, and holds every
     parameter under its PyTorch name."""
     try:
-        onnx.checker.check_model(str(path), full_check=False)
-    except onnx.checker.ValidationError as error:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name}: onnx.checker refuses it: {error}") from error
     graph = onnx.load(path, load_external_data=False).graph
     for kind, values, expected in (("input", graph.input, spec.inputs), ("output", graph.output, spec.outputs)):

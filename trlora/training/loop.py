@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from trlora.training.penalties import Penalty, penalty
 
 
 class TrainingError(TrloraError, ArithmeticError):
-    """A loss that is NaN or Inf."""
+    """A loss or a gradient that is NaN or Inf."""
 
 
 def trainable_parameters(model: nn.Module, name: str = "default") -> list[nn.Parameter]:
@@ -63,7 +64,7 @@ def train_(
         The loss of every step, penalty excluded.
 
     Raises:
-        TrainingError: the loss is NaN or Inf; the step is named and the parameters are those before it.
+        TrainingError: the loss or its gradient is NaN or Inf; the step is named and the parameters are those before it.
     """
     prepared: nn.Module = model
     if accelerator is not None:
@@ -79,9 +80,15 @@ def train_(
             total.backward()
         else:
             accelerator.backward(total)
-        if max_grad_norm is not None:
-            clip = nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
-            clip([parameter for group in optimizer.param_groups for parameter in group["params"]], max_grad_norm)
+        clip = nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = clip(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+        # a loss scaler of accelerate's skips such a step by itself, and lowers its scale
+        scaled = accelerator is not None and accelerator.scaler is not None
+        if norm is not None and not scaled and not math.isfinite(norm):
+            raise TrainingError(
+                f"step {step}: the gradient is {float(norm)}; lower the learning rate or check the loss"
+            )
         optimizer.step()
         if schedule is not None:
             schedule.step()
