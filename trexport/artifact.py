@@ -59,7 +59,7 @@ class Artifact:
             raise ArtifactError(
                 f"{self.folder}: what it was made from is not found: {error}; say where it is with --base and --adapter"
             ) from error
-        if opened.sha256(progress) != manifest.base.sha256:
+        if opened.content_hash(progress) != manifest.base.content_hash:
             raise ArtifactError(f"{opened.name}: not the base that {self.folder} was made from (its hash differs)")
         for adapter, record in zip(bound, manifest.adapters, strict=True):
             if adapter.sha256 != record.sha256:
@@ -93,8 +93,8 @@ def open_artifact(folder: str | Path, *, verify: bool = True, progress: Progress
                         f"{path / name}: changed or damaged, its hash is not the manifest's; export again"
                     )
                 task.advance((path / name).stat().st_size)
-        if artifact.manifest.weights_sha256 is not None and open_base(str(path)).sha256(progress) != (
-            artifact.manifest.weights_sha256
+        if artifact.manifest.weights_hash is not None and open_base(str(path)).content_hash(progress) != (
+            artifact.manifest.weights_hash
         ):
             raise ArtifactError(f"{path}: the weights changed, their hash is not the manifest's; merge again")
     return artifact

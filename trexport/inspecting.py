@@ -132,7 +132,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
         "cross_attention_dim": base.config.get("cross_attention_dim"),
         "block_out_channels": base.config.get("block_out_channels"),
         "linear_layers": len(base.linear_shapes()),
-        "sha256": base.sha256(progress),
+        "content_hash": base.content_hash(progress),
     }
     rows = [(entry.name, entry.dtype, "×".join(map(str, entry.shape)), entry.size_bytes) for entry in entries]
     return Inspection(name, "unet", facts, ("tensor", "dtype", "shape", "bytes"), rows)

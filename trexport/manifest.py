@@ -26,8 +26,8 @@ class BaseRecord:
 
     name: str
     """As it was given: a folder, a Hub id, `random:…` or `sample:…`."""
-    sha256: str
-    """Of the weights' content, however they are spread over files: see `trexport.hashing.sha256_of_tensors`."""
+    content_hash: str
+    """Of the weights' content, however they are spread over files: see `trexport.hashing.hash_of_tensors`."""
 
 
 @final
@@ -56,8 +56,8 @@ class Manifest:
     adapters: tuple[AdapterRecord, ...]
     files: Mapping[str, str]
     """File inside the artifact → SHA-256."""
-    weights_sha256: str | None = None
-    """Of a UNet's merged weights, as `BaseRecord.sha256`."""
+    weights_hash: str | None = None
+    """Of a UNet's merged weights, as `BaseRecord.content_hash`."""
     opset: int | None = None
     opset_reason: str | None = None
     target_gpu: str | None = None
@@ -76,7 +76,7 @@ class Manifest:
             "io": self.io.to_dict(),
             "base": vars(self.base),
             "adapters": [vars(adapter) for adapter in self.adapters],
-            "weights_sha256": self.weights_sha256,
+            "weights_hash": self.weights_hash,
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -91,7 +91,7 @@ class Manifest:
             base=BaseRecord(**fields["base"]),
             adapters=tuple(AdapterRecord(**entry) for entry in fields["adapters"]),
             files=fields["files"],
-            weights_sha256=fields["weights_sha256"],
+            weights_hash=fields["weights_hash"],
             opset=fields["opset"],
             opset_reason=fields["opset_reason"],
             target_gpu=fields["target_gpu"],

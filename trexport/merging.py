@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, final
 
+import torch
 from torch import Tensor
 
 from trexport.disk import check_disk
 from trexport.errors import TrexportError, UsageError
-from trexport.hashing import sha256_of_file, sha256_of_tensors
+from trexport.hashing import hash_of_bytes, hash_of_tensors, sha256_of_file
 from trexport.io_spec import Dtype, unet_spec
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
@@ -103,7 +103,10 @@ def merge(
                         tensor = tensor.to(TORCH_DTYPES[target.dtype])
                         digest = None
                     result_hashes.add(target, tensor, digest)
-                    writer.write(tensor)
+                    if digest is None:
+                        writer.write(tensor)
+                    else:
+                        writer.copy(tensor, file.place(source.name))
                     task.advance(target.size_bytes)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
@@ -118,7 +121,7 @@ def merge(
             base=BaseRecord(base.name, source_hashes.total()),
             adapters=tuple(adapter.record() for adapter in adapters),
             files={path.name: sha256_of_file(path) for path in others},
-            weights_sha256=result_hashes.total(),
+            weights_hash=result_hashes.total(),
             versions=package_versions(),
         ).write(folder)
     return MergeReport(tuple(records))
@@ -142,7 +145,9 @@ def _merged_ahead(
 ) -> Generator[tuple[Tensor, LayerMerge]]:
     """The merged weights of a file in its order, computed on another thread a few ahead of who takes them."""
     paths = iter([path for path in map(_layer_of, (entry.name for entry in file.entries)) if path in layers])
-    with ThreadPoolExecutor(1) as pool:
+    # a layer a thread: torch's own threads would wait for each other, spinning on the cores that write and hash
+    workers = max(1, torch.get_num_threads() - 1)
+    with _single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[tuple[Tensor, LayerMerge]]] = deque()
 
         def submit() -> None:
@@ -150,7 +155,7 @@ def _merged_ahead(
             if path is not None:
                 pending.append(pool.submit(lambda: merge_layer(path, file.tensor(f"{path}.weight"), layers[path])))
 
-        for _ in range(_AHEAD):
+        for _ in range(_AHEAD + workers):
             submit()
         try:
             while pending:
@@ -160,6 +165,16 @@ def _merged_ahead(
         finally:
             for future in pending:
                 future.cancel()
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @final
@@ -173,7 +188,7 @@ class _Hashes:
 
     def add(self, entry: Entry, tensor: Tensor, known: Future[str] | None = None) -> Future[str]:
         """Hash a tensor, unless its hash is `known` already (or will be)."""
-        future = known or self._pool.submit(lambda: hashlib.sha256(bytes_of(tensor)).hexdigest())
+        future = known or self._pool.submit(lambda: hash_of_bytes(bytes_of(tensor)))
         self._found[entry.name] = (entry, future)
         self._pending.append(future)
         if len(self._pending) > _AHEAD:  # a waiting tensor is held in memory
@@ -181,9 +196,9 @@ class _Hashes:
         return future
 
     def total(self) -> str:
-        """The hash of all of them, see `sha256_of_tensors`."""
+        """The hash of all of them, see `hash_of_tensors`."""
         items = self._found.items()
-        return sha256_of_tensors({name: (future.result(), e.dtype, e.shape) for name, (e, future) in items})
+        return hash_of_tensors({name: (future.result(), e.dtype, e.shape) for name, (e, future) in items})
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from trexport.hashing import sha256_of_file, sha256_of_folder, sha256_of_tensors
+from trexport.hashing import hash_of_tensors, sha256_of_file, sha256_of_folder
 
 
 def test_a_file_s_hash_is_what_sha256sum_prints(tmp_path: Path) -> None:
@@ -28,6 +28,6 @@ def test_a_folder_s_hash_depends_on_names_and_contents_only(tmp_path: Path) -> N
 def test_a_model_s_hash_does_not_depend_on_the_order_of_its_tensors() -> None:
     one, two = hashlib.sha256(b"1").hexdigest(), hashlib.sha256(b"2").hexdigest()
     pairs = [("x", (one, "F32", (2, 3))), ("y", (two, "F16", ()))]
-    assert sha256_of_tensors(dict(pairs)) == sha256_of_tensors(dict(reversed(pairs)))
-    assert sha256_of_tensors(dict(pairs)) != sha256_of_tensors({"x": (one, "F32", (3, 2)), "y": pairs[1][1]})
-    assert sha256_of_tensors(dict(pairs)) != sha256_of_tensors({"x": (one, "F32", (2, 3)), "z": pairs[1][1]})
+    assert hash_of_tensors(dict(pairs)) == hash_of_tensors(dict(reversed(pairs)))
+    assert hash_of_tensors(dict(pairs)) != hash_of_tensors({"x": (one, "F32", (3, 2)), "y": pairs[1][1]})
+    assert hash_of_tensors(dict(pairs)) != hash_of_tensors({"x": (one, "F32", (2, 3)), "z": pairs[1][1]})

@@ -26,7 +26,7 @@ def test_unets(unet_folder: Path) -> None:
     found = inspect(str(unet_folder))
     assert found.kind == "unet"
     assert found.facts["parameters"] * 4 == found.facts["size_bytes"]
-    assert inspect("random:tiny").facts["sha256"] == found.facts["sha256"]
+    assert inspect("random:tiny").facts["content_hash"] == found.facts["content_hash"]
     assert inspect("sample:digits").kind == "unet"
     assert inspect("sample:digits/nine").facts["method"].startswith("TLoRA")
 

@@ -82,7 +82,7 @@ def export_onnx(
     plan = plan_export(base, out, options, overwrite=overwrite)
     choice, spec = plan.choice, plan.spec
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
-        base_hash = hashing.submit(base.sha256)
+        base_hash = hashing.submit(base.content_hash)
         model = load_unet(base, options.dtype, progress=progress)
         merge_into_(model, adapters, progress=progress)
         with progress.task("export"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from trexport.errors import BaseError, UsageError
-from trexport.hashing import sha256_of_tensors
+from trexport.hashing import hash_of_bytes, hash_of_tensors
 from trexport.models.architectures import ARCHITECTURES
 from trexport.models.weights import Entry, RandomWeights, SafetensorsFile, WeightFile
 from trexport.models.writer import bytes_of
@@ -54,19 +53,19 @@ class Base:
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for file in self.weights for entry in file.entries)
 
-    def sha256(self, progress: Progress = SILENT) -> str:
-        """The content hash of the weights, see `trexport.hashing.sha256_of_tensors`: reads all of them."""
+    def content_hash(self, progress: Progress = SILENT) -> str:
+        """The content hash of the weights, see `trexport.hashing.hash_of_tensors`: reads all of them."""
         digests: dict[str, tuple[str, str, tuple[int, ...]]] = {}
         with progress.task("hash", self.size_bytes) as task, ThreadPoolExecutor(2) as pool:
 
             def digest(file: WeightFile, entry: Entry) -> None:
-                found = hashlib.sha256(bytes_of(file.tensor(entry.name))).hexdigest()
+                found = hash_of_bytes(bytes_of(file.tensor(entry.name)))
                 digests[entry.name] = (found, entry.dtype, entry.shape)
                 task.advance(entry.size_bytes)
 
             for future in [pool.submit(digest, file, entry) for file in self.weights for entry in file.entries]:
                 future.result()
-        return sha256_of_tensors(digests)
+        return hash_of_tensors(digests)
 
 
 def open_base(name: str, *, revision: str | None = None, variant: str | None = None) -> Base:

@@ -63,6 +63,10 @@ class WeightFile(Protocol):
         """One tensor; memory-mapped where there is a file."""
         ...
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """Where a tensor's bytes lie: an open file and the offset in it; None where there is no file."""
+        ...
+
 
 @final
 class SafetensorsFile:
@@ -87,11 +91,16 @@ class SafetensorsFile:
         for key, fields in header.items():
             if fields["dtype"] not in TORCH_DTYPES:
                 raise BaseError(f"{path}: {key} has dtype {fields['dtype']}, expected one of {sorted(TORCH_DTYPES)}")
+        self._stream = path.open("rb")
+        self._offsets = {key: 8 + length + fields["data_offsets"][0] for key, fields in header.items()}
         ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         self.entries: Sequence[Entry] = [Entry(key, fields["dtype"], tuple(fields["shape"])) for key, fields in ordered]
 
     def tensor(self, name: str) -> Tensor:
         return self._reader.get_tensor(name)
+
+    def place(self, name: str) -> tuple[int, int]:
+        return self._stream.fileno(), self._offsets[name]
 
 
 @final
@@ -108,6 +117,9 @@ class RandomWeights:
         self.entries: Sequence[Entry] = [Entry(name, "F32", shape) for name, shape in shapes.items()]
         self._shapes = shapes
         self._label = f"{label}, seed {seed}"
+
+    def place(self, name: str) -> None:
+        return None
 
     def tensor(self, name: str) -> Tensor:
         shape = self._shapes[name]

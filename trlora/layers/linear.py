@@ -26,24 +26,24 @@ def weight_change(
     Returns:
         (out, in) in `compute_dtype` on the weight's device; None when no adapter changes anything (every strength zero).
     """
-    turn: Tensor | None = None  # Σ s (T − I)
+    base = weight.to(compute_dtype)
     change: Tensor | None = None
     for adapter, strength in adapters:
         if strength == 0:
             continue
         if adapter.dtype is not None and torch.promote_types(adapter.dtype, compute_dtype) != adapter.dtype:
             adapter = copy.deepcopy(adapter).to(compute_dtype)  # so that T and Δ are computed in it as well
+        steps: list[Tensor] = []
         if not adapter.transform.trivial:
-            matrix = adapter.transform.matrix().to(weight.device, compute_dtype)
-            step = (matrix - torch.eye(adapter.in_features, dtype=compute_dtype, device=weight.device)) * strength
-            turn = step if turn is None else turn + step
+            parameter = next(adapter.transform.parameters())
+            steps.append(adapter.transform.multiply(base.to(parameter.device, parameter.dtype)).to(base) - base)
         if not adapter.residual.trivial:
-            step = adapter.residual.delta().to(weight.device, compute_dtype) * strength
+            steps.append(adapter.residual.delta().to(base))
+        for step in steps:
+            if strength != 1:
+                step = step * strength
             change = step if change is None else change + step
-    if turn is None:
-        return change
-    turned = weight.to(compute_dtype) @ turn
-    return turned if change is None else turned + change
+    return change
 
 
 def adapted_weight(

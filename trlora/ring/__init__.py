@@ -15,6 +15,7 @@ from trlora.ring.init import residual_cores as residual_cores
 from trlora.ring.modes import check_modes as check_modes
 from trlora.ring.modes import index_of as index_of
 from trlora.ring.modes import modes_of as modes_of
+from trlora.ring.multiply import multiply_cores as multiply_cores
 from trlora.ring.penalties import identity_penalty as identity_penalty
 from trlora.ring.penalties import literal_orthogonal_penalty as literal_orthogonal_penalty
 from trlora.ring.penalties import orthogonal_penalty as orthogonal_penalty

@@ -30,12 +30,24 @@ def matrix_from_cores(cores: Sequence[Tensor]) -> Tensor:
     check_matrix_ring(cores)
     if len(cores) == 1:
         return cores[0].diagonal(dim1=2, dim2=3).sum(-1)
+    closed = torch.einsum("ijab,klba->kilj", open_chain(cores[:-1]), cores[-1])
+    return closed.flatten(2, 3).flatten(0, 1)
+
+
+def open_chain(cores: Sequence[Tensor]) -> Tensor:
+    """The open product of neighbouring four-dimensional cores.
+
+    Args:
+        cores: tensors `(I_d, J_d, R_d, R_{d+1})`; the ends need not close.
+
+    Returns:
+        `(∏ I_d, ∏ J_d, R_1, R_{D+1})`.
+    """
     chain = cores[0]
-    for core in cores[1:-1]:
+    for core in cores[1:]:
         # (k, i) is flattened with k, the newer and slower mode, in front
         chain = torch.einsum("ijab,klbc->kiljac", chain, core).flatten(2, 3).flatten(0, 1)
-    closed = torch.einsum("ijab,klba->kilj", chain, cores[-1])
-    return closed.flatten(2, 3).flatten(0, 1)
+    return chain
 
 
 def chain_from_cores(cores: Sequence[Tensor]) -> Tensor:

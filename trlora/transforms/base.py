@@ -14,7 +14,8 @@ class AbstractTransform(nn.Module, ABC):
     """A linear map of a layer's input space, `(features,) → (features,)`.
 
     Calling it applies it to activations without forming the matrix; the law every member keeps is
-    `transform(x) == x @ transform.matrix().T`. (The activation path is `forward`, since `nn.Module.apply` is taken.)
+    `transform(x) == x @ transform.matrix().T` and `transform.multiply(w) == w @ transform.matrix()`.
+    (The activation path is `forward`, since `nn.Module.apply` is taken.)
     The names in its `state_dict` are the names in a checkpoint.
     """
 
@@ -30,6 +31,10 @@ class AbstractTransform(nn.Module, ABC):
     @abstractmethod
     def matrix(self) -> Tensor:
         """The dense T, `(features, features)`."""
+
+    @abstractmethod
+    def multiply(self, weight: Tensor) -> Tensor:
+        """`weight @ T`, (rows, features) → (rows, features), without forming T where that is cheaper."""
 
     @abstractmethod
     def identity_penalty(self) -> Tensor:

@@ -47,6 +47,10 @@ class BlockOrthogonalTransform(AbstractTransform):
     def matrix(self) -> Tensor:
         return torch.block_diag(*self.blocks())
 
+    def multiply(self, weight: Tensor) -> Tensor:
+        blocked = weight.unflatten(-1, (-1, self.block_size))
+        return torch.einsum("...ni,nij->...nj", blocked, self.blocks()).flatten(-2)
+
     def identity_penalty(self) -> Tensor:
         eye = torch.eye(self.block_size, dtype=self.skew.dtype, device=self.skew.device)
         return torch.linalg.vector_norm(self.blocks() - eye)

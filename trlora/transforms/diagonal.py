@@ -29,6 +29,9 @@ class DiagonalTransform(AbstractTransform):
     def matrix(self) -> Tensor:
         return torch.diag(self.scale)
 
+    def multiply(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
     def identity_penalty(self) -> Tensor:
         return torch.linalg.vector_norm(self.scale - 1)
 

@@ -29,6 +29,9 @@ class IdentityTransform(AbstractTransform):
     def matrix(self) -> Tensor:
         return torch.eye(self.features)
 
+    def multiply(self, weight: Tensor) -> Tensor:
+        return weight
+
     def identity_penalty(self) -> Tensor:
         return torch.zeros(())
 

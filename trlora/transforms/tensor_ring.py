@@ -39,6 +39,9 @@ class TensorRingTransform(AbstractTransform):
     def matrix(self) -> Tensor:
         return ring.matrix_from_cores(list(self.core))
 
+    def multiply(self, weight: Tensor) -> Tensor:
+        return ring.multiply_cores(weight, list(self.core))
+
     def identity_penalty(self) -> Tensor:
         return ring.identity_penalty(list(self.core))
 
