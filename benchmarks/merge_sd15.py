@@ -16,7 +16,7 @@ from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, open_base
 from trexport.models.writer import SafetensorsWriter
 
-ROUNDS = 5
+ROUNDS = 8
 ADAPTER = "random:tlora:2:6"
 FILE = f"{WEIGHTS_STEM}.safetensors"
 
@@ -28,11 +28,14 @@ def main() -> None:
         base = write_base(folder / "base", "random:sd15")
         copies, merges = [], []
         for round_ in range(ROUNDS):
-            copies.append(run_in_child(copy, base / FILE, folder / "copy").seconds)
-            merges.append(run_in_child(run_merge, base, folder / "merged"))
-            print(f"round {round_}: copy {copies[-1]:.2f} s, merge {merges[-1].seconds:.2f} s")
-            (folder / "copy").unlink()
+            copied = run_in_child(copy, base / FILE, folder / "copy")
+            (folder / "copy").unlink()  # at once, so that both find the same memory for the file's pages
+            merged = run_in_child(run_merge, base, folder / "merged")
             shutil.rmtree(folder / "merged")
+            print(f"round {round_}: copy {copied.seconds:.2f} s, merge {merged.seconds:.2f} s")
+            if round_ > 0:  # the first warms up
+                copies.append(copied.seconds)
+                merges.append(merged)
         copy_s, merge_s = statistics.median(copies), statistics.median([run.seconds for run in merges])
         fields = {
             "base": "random:sd15, fp32",

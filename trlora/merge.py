@@ -72,7 +72,7 @@ def merge_layer(
             return weight, LayerMerge(path, 0.0, time.perf_counter() - start)
         base = weight.to(compute_dtype)
         norm, moved = torch.linalg.vector_norm(base).item(), torch.linalg.vector_norm(change).item()
-        merged = base + change
+        merged = change.add_(base)
     relative = moved / norm if norm else (math.inf if moved else 0.0)
     return merged, LayerMerge(path, relative, time.perf_counter() - start)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trexport.models.weights import Entry
 
-_FLUSH_BYTES = 1 << 30
+_FLUSH_BYTES = 1 << 29
 
 
 @final

@@ -36,13 +36,14 @@ def weight_change(
         steps: list[Tensor] = []
         if not adapter.transform.trivial:
             parameter = next(adapter.transform.parameters())
-            steps.append(adapter.transform.multiply(base.to(parameter.device, parameter.dtype)).to(base) - base)
+            turned = adapter.transform.multiply(base.to(parameter.device, parameter.dtype)).to(base)
+            steps.append(turned.sub_(base))  # in place: fresh memory costs more than the arithmetic
         if not adapter.residual.trivial:
             steps.append(adapter.residual.delta().to(base))
         for step in steps:
             if strength != 1:
                 step = step * strength
-            change = step if change is None else change + step
+            change = step if change is None else change.add_(step)
     return change
 
 
