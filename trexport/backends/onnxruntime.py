@@ -30,6 +30,7 @@ def open_session(
     folder: Path | None = None,
     sizes: Mapping[str, int] | None = None,
     graph: bool = False,
+    nhwc: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider of `device`.
 
@@ -37,6 +38,7 @@ def open_session(
         model: a path, or the serialised graph; then `folder` is where its external data lies.
         sizes: fixes free axes by name, so that nothing computes shapes at run time.
         graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
+        nhwc: convolutions in the layout that tensor cores want, on CUDA; ONNX Runtime's do not take bfloat16.
 
     Raises:
         MissingError: no ONNX Runtime, no such provider in it, or no kernels for the model.
@@ -59,8 +61,9 @@ def open_session(
         options.add_free_dimension_override_by_name(axis, size)
     provider_options: dict[str, str] = {}
     if device == "cuda":
-        # torch's stream, so that CUDA events see the work; NHWC convolutions are what tensor cores want
-        provider_options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream), "prefer_nhwc": "1"}
+        # torch's stream, so that CUDA events see the work
+        provider_options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+        provider_options["prefer_nhwc"] = "1" if nhwc else "0"
         provider_options["enable_cuda_graph"] = "1" if graph else "0"
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDERS[device], provider_options)])
@@ -88,7 +91,8 @@ class _OnnxRuntimeRunner(Runner):
         self.spec = source.spec
         self.device = device
         self._path = str(source.path)
-        self._session: Any = open_session(self._path, device)
+        self._nhwc = all(tensor.dtype != "bf16" for tensor in source.spec.inputs)
+        self._session: Any = open_session(self._path, device, nhwc=self._nhwc)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = self._bind(self._session, feeds)
@@ -105,10 +109,10 @@ class _OnnxRuntimeRunner(Runner):
         with torch.cuda.stream(stream):  # the default stream cannot be captured
             sizes, note = sizes_of(self.spec, feeds), None
             try:
-                self._session = open_session(self._path, self.device, sizes=sizes, graph=True)
+                self._session = open_session(self._path, self.device, sizes=sizes, graph=True, nhwc=self._nhwc)
             except GraphCaptureError:
                 note = "not captured as a CUDA graph: ONNX Runtime runs some of this model's nodes on the CPU"
-                self._session = open_session(self._path, self.device, sizes=sizes)
+                self._session = open_session(self._path, self.device, sizes=sizes, nhwc=self._nhwc)
             inner = self._bind(self._session, feeds)
             for _ in range(3):  # allocate, capture, replay
                 inner.run()
