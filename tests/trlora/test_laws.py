@@ -97,6 +97,13 @@ def test_a_transform_is_its_matrix(member: Member) -> None:
         close(transform(x), x @ matrix.T)
 
 
+@each_transform
+def test_a_transform_multiplies_a_weight_by_its_matrix(member: Member) -> None:
+    transform = trained(adapter_of(member).transform)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    close(transform.multiply(weight), weight @ transform.matrix().double())
+
+
 @each_residual
 def test_a_residual_is_its_delta(member: Member) -> None:
     residual = trained(adapter_of(None, member).residual)
