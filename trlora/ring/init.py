@@ -22,8 +22,8 @@ def identity_cores(
     `√(R_d·R_{d+1})` is a power of two the products are exact in floating point, so the start equals the identity to the
     last bit; otherwise it does to rounding.
 
-    All R_d×R_{d+1} slices of a core start equal, so they have equal gradients and stay equal: trained from here, a ring of any
-    rank is a Kronecker product of D matrices, as with rank 1 (arXiv 2501.08727 does not say so; it follows from the formula).
+    All R_d×R_{d+1} slices of a core start equal, so they have equal gradients and stay equal: trained from here, a ring of
+    any rank is a Kronecker product of D matrices, as with rank 1. The paper does not say so; it follows from the formula.
 
     Args:
         modes: `(I_1, …, I_D)`.

@@ -36,7 +36,7 @@ def test_unknown_names(base: Base) -> None:
         with pytest.raises(UsageError, match=name):
             open_adapters([name], base)
     with pytest.raises(UsageError, match="sample:digits/nine"):
-        open_adapters(["sample:digits/nin"], base)
+        open_adapters(["sample:digits/nein"], base)
     with pytest.raises(TrexportError, match="no/such"):
         open_adapters(["no/such"], base)
 
