@@ -104,10 +104,11 @@ def merge(
                         tensor = tensor.to(TORCH_DTYPES[target.dtype])
                         digest = None
                     result_hashes.add(target, tensor, digest)
-                    if digest is None:
+                    place = file.place(source.name)
+                    if digest is None or place is None:
                         writer.write(tensor)
                     else:
-                        writer.copy(tensor, file.place(source.name))
+                        writer.copy(place, source.size_bytes)
                     task.advance(target.size_bytes)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})

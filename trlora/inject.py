@@ -60,7 +60,8 @@ def attach_(
 ) -> None:
     """Put existing adapters on the modules whose paths are given, beside those that are there.
 
-    To attach a checkpoint: `attach_(model, load_adapter(path).bind(shapes_of(model)))`.
+    To attach a checkpoint: `adapter = load_adapter(path)`, then
+    `attach_(model, adapter.bind(shapes_of(model)), strength=adapter.config.strength)`.
 
     Raises:
         TargetError: a path names no `nn.Linear`, or the adapter's name is taken. Nothing is attached then.

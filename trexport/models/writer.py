@@ -19,6 +19,8 @@ from torch import Tensor
 from trexport.models.weights import Entry
 
 _FLUSH_BYTES = 1 << 29
+_SPAN_BYTES = 1 << 27
+_CHUNK_BYTES = 1 << 24
 
 
 @final
@@ -36,49 +38,70 @@ class SafetensorsWriter:
         self._flusher = ThreadPoolExecutor(1)
         self._flushed: Future[None] | None = None
         self._unflushed = 0
+        self._span: tuple[int, int, int] | None = None
         self._write(memoryview(safetensors_header(entries, metadata)))
 
     def write(self, tensor: Tensor) -> None:
         """Append one tensor, already of the dtype that its entry says."""
-        self._write(bytes_of(tensor))
+        self._copy_span()
+        data = bytes_of(tensor)
+        self._write(data)
+        self._flush_beside(len(data))
 
-    def copy(self, tensor: Tensor, place: tuple[int, int] | None) -> None:
-        """Append a tensor that lies in a file: the kernel copies it, where the system can, and no memory is touched.
+    def copy(self, place: tuple[int, int], size: int) -> None:
+        """Append `size` bytes that lie in a file, as tensors of the right dtype do. Neighbours are copied in one go, by the
+        kernel where the system can.
 
         Args:
-            tensor: the tensor itself, for systems that cannot.
-            place: the open file and the offset of the tensor's bytes; None where there is no file.
+            place: the open file and the offset of the bytes.
         """
-        size = tensor.numel() * tensor.element_size()
-        done = 0
-        if place is not None and hasattr(os, "copy_file_range"):
-            source, offset = place
-            try:
-                while done < size:
-                    copied = os.copy_file_range(source, self._stream.fileno(), size - done, offset + done)
-                    if copied == 0:
-                        break
-                    done += copied
-            except OSError as error:
-                # not between these two file systems; a full disk is no reason to try again
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-        if done < size:
-            self._write(bytes_of(tensor)[done:])
-        self._flush_beside(done)
+        source, offset = place
+        if self._span is not None and self._span[0] == source and self._span[2] == offset:
+            self._span = (source, self._span[1], offset + size)
+        else:
+            self._copy_span()
+            self._span = (source, offset, offset + size)
+        if self._span[2] - self._span[1] >= _SPAN_BYTES:
+            self._copy_span()
+
+    def _copy_span(self) -> None:
+        if self._span is None:
+            return
+        source, offset, end = self._span
+        self._span = None
+        size = end - offset
+        try:
+            while offset < end and (copied := os.copy_file_range(source, self._stream.fileno(), end - offset, offset)):
+                offset += copied
+        except AttributeError:
+            pass  # not on this system
+        except OSError as error:
+            # not between these two file systems; a full disk is no reason to try again
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        while offset < end:
+            chunk = os.pread(source, min(_CHUNK_BYTES, end - offset), offset)
+            if not chunk:
+                raise OSError(errno.EIO, "the source file became shorter while it was copied")
+            self._write(memoryview(chunk))
+            offset += len(chunk)
+        self._flush_beside(size)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._flusher.shutdown()
-        self._stream.close()
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            if kind is None:
+                self._copy_span()
+        finally:
+            self._flusher.shutdown()
+            self._stream.close()
 
     def _write(self, data: memoryview) -> None:
         done = 0
         while done < len(data):  # a raw write may take less than it is given
             done += self._stream.write(data[done:]) or 0
-        self._flush_beside(done)
 
     def _flush_beside(self, written: int) -> None:
         # the disk works beside us, instead of all at once when the file is flushed at the end
