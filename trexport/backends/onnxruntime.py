@@ -16,6 +16,8 @@ from trexport.models.unet import DTYPES
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
+# what ONNX Runtime says where an operator has no kernel for a precision, the last one on CUDA
+_NO_KERNEL = ("NOT_IMPLEMENTED", "Could not find an implementation", "Provider type for")
 _ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # onnx.TensorProto.DataType
 
 
@@ -71,10 +73,10 @@ def open_session(
         text = str(error)
         if graph and "graph capture" in text:
             raise GraphCaptureError(text.strip()) from error
-        if "NOT_IMPLEMENTED" in text or "Could not find an implementation" in text:
+        if any(sign in text for sign in _NO_KERNEL):
             raise MissingError(
                 f"onnxruntime: its {_PROVIDERS[device]} has no kernel for this model ({text.strip()}); "
-                "use --device cuda, or export in another precision"
+                "use another device, or export in another precision"
             ) from error
         raise ArtifactError(f"onnxruntime does not load the model: {text.strip()}") from error
     if session.get_providers()[0] != _PROVIDERS[device]:

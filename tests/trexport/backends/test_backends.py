@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.trexport.helpers import SIZES
-from trexport.artifact import Artifact
+from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile, Source, TorchModel, backend_of, device_of
 from trexport.errors import ArtifactError, MissingError, UsageError
+from trexport.graph.export import ExportOptions, export_onnx
 from trexport.models.unet import call_unet, load_unet, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
 
@@ -100,3 +102,11 @@ def test_names() -> None:
     assert device_of("auto") in ("cpu", "cuda")
     with pytest.raises(UsageError, match="tpu"):
         device_of("tpu")
+
+
+def test_a_precision_without_kernels_is_said(onnx_artifact: Artifact, tmp_path: Path) -> None:
+    base, adapters = onnx_artifact.sources()
+    export_onnx(base, adapters, tmp_path / "x", ExportOptions("bf16", fixed=SIZES))
+    artifact = open_artifact(tmp_path / "x")
+    with pytest.raises(MissingError, match="no kernel"):
+        BACKENDS["onnxruntime"].load(SOURCES["onnxruntime"](artifact), "cpu")
