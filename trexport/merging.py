@@ -90,7 +90,7 @@ def merge(
         for file in base.weights:
             entries = _target_entries(file, dtype)
             with (
-                SafetensorsWriter(folder / file.name, entries, file.metadata) as writer,
+                SafetensorsWriter(folder / base.plain_name(file.name), entries, file.metadata) as writer,
                 closing(_merged_ahead(file, layers)) as merged,
             ):
                 for source, target in zip(file.entries, entries, strict=True):
@@ -113,7 +113,8 @@ def merge(
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
         if base.index is not None:
-            _write_json(folder / INDEX_NAME, dict(base.index) | {"metadata": {"total_size": plan.size_bytes}})
+            places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
+            _write_json(folder / INDEX_NAME, {"metadata": {"total_size": plan.size_bytes}, "weight_map": places})
         others = [path for path in sorted(folder.iterdir()) if path.suffix == ".json"]
         Manifest(
             kind="unet",

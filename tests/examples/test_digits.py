@@ -30,7 +30,6 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
     """The modules of examples/digits, which import each other by bare names as scripts in one folder do."""
-    pytest.importorskip("sklearn")
     names = ("data", "diffusion", "judges", "train_base", "train_adapters", "sample", "evaluate")
     sys.path.insert(0, str(SCRIPTS))
     try:
@@ -165,7 +164,6 @@ def test_attached_adapter_leaves_no_trace(base: UNet2DConditionModel) -> None:
 
 
 def test_train_explains_itself() -> None:
-    pytest.importorskip("sklearn")
     command = [sys.executable, SCRIPTS / "train.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("base", *ADAPTERS))

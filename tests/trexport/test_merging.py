@@ -100,6 +100,22 @@ def test_shards_stay(base: Base, adapter_folder: Path, tmp_path: Path) -> None:
     assert isinstance(UNet2DConditionModel.from_pretrained(tmp_path / "out"), UNet2DConditionModel)
 
 
+@pytest.mark.parametrize("shard_size", ["10GB", "200KB"])
+def test_a_variant_s_result_loads_without_naming_it(
+    shard_size: str, base: Base, adapter_folder: Path, tmp_path: Path
+) -> None:
+    model = UNet2DConditionModel.from_pretrained(str(base.folder))
+    assert isinstance(model, UNet2DConditionModel)
+    model.save_pretrained(tmp_path / "base", variant="fp16", max_shard_size=shard_size)
+    opened = open_base(str(tmp_path / "base"), variant="fp16")
+    merge(opened, open_adapters([str(adapter_folder)], opened), tmp_path / "out")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, UNet2DConditionModel)
+    merge(base, open_adapters([str(adapter_folder)], base), tmp_path / "plain")
+    expected = weights_of(open_base(str(tmp_path / "plain")))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_a_pipeline_folder_is_a_base(base: Base, adapter_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     shutil.copytree(str(base.folder), tmp_path / "pipeline" / "unet")

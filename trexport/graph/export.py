@@ -203,10 +203,7 @@ def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -
 
 
 def _save(graph: ir.Model, folder: Path, advance: Any) -> None:
-    last = 0
-
     def report(tensor: ir.TensorProtocol, info: Any) -> None:
-        nonlocal last
         advance(tensor.nbytes)
 
     ir.save(graph, folder / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, callback=report)

@@ -36,6 +36,12 @@ class Base:
     """The pipeline's folder, or the UNet's own where there is no pipeline; None for `random:`."""
     index: Mapping[str, Any] | None = field(default=None, repr=False)
     """The shard index, where the weights are sharded."""
+    variant: str | None = None
+    """The infix of the weight files' names, for instance `fp16`."""
+
+    def plain_name(self, name: str) -> str:
+        """A weight file's name without the variant: what `from_pretrained` looks for when it is not told of one."""
+        return name.replace(f"{WEIGHTS_STEM}.{self.variant}", WEIGHTS_STEM, 1) if self.variant else name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and its shape."""
@@ -136,7 +142,7 @@ def _folder(name: str, folder: Path, variant: str | None) -> Base:
     if found != UNET_CLASS:
         raise BaseError(f"{file}: the model is a {found}, expected a {UNET_CLASS}")
     weights, index = _weight_files(unet, variant)
-    return Base(name, config, weights, folder, index)
+    return Base(name, config, weights, folder, index, variant)
 
 
 def _weight_files(unet: Path, variant: str | None) -> tuple[list[WeightFile], Mapping[str, Any] | None]:
