@@ -113,6 +113,7 @@ TREXPORT_STOREYS = [
     {"models"},
     {"graph", "backends", "merging"},
     {"artifact"},
+    {"adapter_file"},
     {"parity", "inspecting"},
     {"bench"},
     {"demo"},

@@ -42,12 +42,17 @@ class Artifact:
 
         Args:
             base: where the base is now; None for where it was.
-            adapters: likewise; none for where they were.
+            adapters: likewise; none for where they were. For a blank factored artifact, any that are to be fed.
 
         Raises:
             ArtifactError: they have changed since, or are not found.
         """
         manifest = self.manifest
+        if manifest.factored is not None and manifest.factored["blank"] and adapters:
+            # made from no adapter in particular: these are to be fed
+            opened = open_base(base or manifest.base.name)
+            self._check_base(opened, progress)
+            return opened, open_adapters(adapters, opened)
         if adapters and len(adapters) != len(manifest.adapters):
             raise ArtifactError(f"{len(adapters)} adapters given, the artifact was made from {len(manifest.adapters)}")
         try:
@@ -59,14 +64,17 @@ class Artifact:
             raise ArtifactError(
                 f"{self.folder}: what it was made from is not found: {error}; say where it is with --base and --adapter"
             ) from error
-        if opened.content_hash(progress) != manifest.base.content_hash:
-            raise ArtifactError(f"{opened.name}: not the base that {self.folder} was made from (its hash differs)")
+        self._check_base(opened, progress)
         for adapter, record in zip(bound, manifest.adapters, strict=True):
             if adapter.sha256 != record.sha256:
                 raise ArtifactError(
                     f"{adapter.name}: not the adapter that {self.folder} was made from (its hash differs)"
                 )
         return opened, bound
+
+    def _check_base(self, base: Base, progress: Progress) -> None:
+        if base.content_hash(progress) != self.manifest.base.content_hash:
+            raise ArtifactError(f"{base.name}: not the base that {self.folder} was made from (its hash differs)")
 
 
 def open_artifact(folder: str | Path, *, verify: bool = True, progress: Progress = SILENT) -> Artifact:

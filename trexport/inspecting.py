@@ -10,6 +10,7 @@ from typing import Any, final
 
 import safetensors
 
+from trexport.adapter_file import factored_of
 from trexport.artifact import open_artifact
 from trexport.errors import TrexportError
 from trexport.graph.check import load_graph, spec_of_graph
@@ -150,7 +151,18 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
-    del facts["kind"], facts["io"]
+    del facts["kind"], facts["io"], facts["factored"]
+    if artifact.manifest.factored is not None:
+        factored = factored_of(artifact)
+        paths = Counter(layer.path for layer in factored.plan.values())
+        facts |= {"slots": len(factored.slots), "blank": factored.blank, "adapted_layers": len(factored.plan)}
+        facts |= {"plan": dict(paths), "plan_for": factored.plan_for, "optimum": dict(factored.optimum)}
+        columns = ("input or output; adapted layer", "dtype; path, tokens", "axes; cost of each path, ms")
+        rows += [
+            (path, f"{layer.path}, {layer.tokens}", ", ".join(f"{k} {v:.3f}" for k, v in layer.cost_ms.items()))
+            for path, layer in factored.plan.items()
+        ]
+        return Inspection(name, "factored ONNX artifact of trexport", facts | {"verified": True}, columns, rows)
     return Inspection(name, kind, facts | {"verified": True}, ("input or output", "dtype", "axes"), rows)
 
 

@@ -49,7 +49,7 @@ class Manifest:
     """See the module."""
 
     kind: Literal["unet", "onnx"]
-    form: Literal["base", "merged"]
+    form: Literal["base", "merged", "factored"]
     dtype: Dtype
     io: ModelSpec
     base: BaseRecord
@@ -61,6 +61,8 @@ class Manifest:
     opset: int | None = None
     opset_reason: str | None = None
     target_gpu: str | None = None
+    factored: Mapping[str, Any] | None = None
+    """Of a factored graph, its slots for adapters and its path plan: see `trexport.graph.factored.Factored`."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class Manifest:
             "base": vars(self.base),
             "adapters": [vars(adapter) for adapter in self.adapters],
             "weights_hash": self.weights_hash,
+            "factored": self.factored,
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -95,6 +98,7 @@ class Manifest:
             opset=fields["opset"],
             opset_reason=fields["opset_reason"],
             target_gpu=fields["target_gpu"],
+            factored=fields.get("factored"),  # manifests before the factored form lack it
             versions=fields["versions"],
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Literal, Self, final
@@ -37,6 +37,8 @@ class OnnxFile:
 
     path: Path
     spec: ModelSpec
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """Fed in every run beside the inputs of `spec`: the cores and strengths of a factored graph."""
 
 
 Source = TorchModel | OnnxFile

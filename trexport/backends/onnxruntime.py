@@ -87,12 +87,48 @@ def open_session(
     return session
 
 
+def write_adapter_file(path: Path, tensors: Mapping[str, Tensor], model_version: int) -> None:
+    """Write ONNX Runtime's adapter format: tensors by input name. Raises `MissingError` where it is not installed."""
+    onnxruntime = _module()
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(model_version)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(t.contiguous().numpy()) for name, t in tensors.items()}
+    adapter.set_parameters({name: values[name] for name in sorted(values)})
+    adapter.export_adapter(str(path.absolute()))
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Tensors and model version of a file in ONNX Runtime's adapter format.
+
+    Raises:
+        ArtifactError: it cannot be read.
+        MissingError: ONNX Runtime is not installed.
+    """
+    onnxruntime = _module()
+    try:
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path.absolute()))
+        values = {name: torch.from_numpy(value.numpy().copy()) for name, value in adapter.get_parameters().items()}
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise ArtifactError(f"{path}: no adapter file of ONNX Runtime ({str(error).strip()})") from error
+    return values, adapter.get_model_version()
+
+
+def _module() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingError(f"onnxruntime: not installed; {_INSTALL}") from error
+    return onnxruntime
+
+
 @final
 class _OnnxRuntimeRunner(Runner):
     def __init__(self, source: OnnxFile, device: Device) -> None:
         self.spec = source.spec
         self.device = device
         self._path = str(source.path)
+        self._constants = {name: tensor.to(device).contiguous() for name, tensor in source.constants.items()}
         self._nhwc = all(tensor.dtype != "bf16" for tensor in source.spec.inputs)
         self._session: Any = open_session(self._path, device, nhwc=self._nhwc)
 
@@ -143,7 +179,7 @@ class _OnnxRuntimeRunner(Runner):
             for spec in self.spec.outputs
         }
         binding = session.io_binding()
-        for name, tensor in inputs.items():
+        for name, tensor in [*inputs.items(), *self._constants.items()]:
             element = _ELEMENT_TYPES[tensor.dtype]
             binding.bind_input(name, self.device, 0, element, list(tensor.shape), tensor.data_ptr())
         for name, tensor in outputs.items():

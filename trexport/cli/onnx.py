@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,7 +17,18 @@ from trexport.cli.options import (
     output_options,
     size_options,
 )
-from trexport.io_spec import Dtype
+from trexport.io_spec import FREE_AXES, Dtype
+
+PathName = Literal["activations", "dense", "weight"]
+
+
+def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, int] | None:
+    if value is None:
+        return None
+    sizes = value.split("x")
+    if len(sizes) != len(FREE_AXES) or not all(size.isdigit() and int(size) for size in sizes):
+        raise click.BadParameter(f"{value!r}, expected batch, height, width and tokens as in 2x64x64x77")
+    return dict(zip(FREE_AXES, map(int, sizes), strict=True))
 
 
 @click.command("onnx")
@@ -25,6 +37,23 @@ from trexport.io_spec import Dtype
 @output_options
 @dtype_option("fp32", "Of the weights and of all inputs and outputs but the timestep.")
 @click.option("--opset", type=int, help="18 to 23; chosen, with the reason in the manifest, where not given.")
+@click.option(
+    "--factored", is_flag=True, help="Keep adapters factored: operators of domain ai.trlora, cores as inputs."
+)
+@click.option("--blank", is_flag=True, help="With --factored: only the adapters' shapes; unfed, the model is the base.")
+@click.option(
+    "--path", type=click.Choice(["activations", "dense", "weight"]), help="Factored: force one; planned if not given."
+)
+@click.option(
+    "--plan-for",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Factored: device to plan for.",
+)
+@click.option(
+    "--optimum", callback=_optimum, metavar="BxHxWxS", help="Factored: batch, height, width, tokens to plan for."
+)
 @click.option("--static", is_flag=True, help="Fix every axis, at the UNet's own sizes where no size is given.")
 @size_options
 @base_options
@@ -37,6 +66,11 @@ def command(
     overwrite: bool,
     dtype: Dtype,
     opset: int | None,
+    factored: bool,
+    blank: bool,
+    path: PathName | None,
+    plan_for: str,
+    optimum: dict[str, int] | None,
     static: bool,
     batch_size: int | None,
     height: int | None,
@@ -47,22 +81,32 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Export a UNet to ONNX, with adapters merged into its weights.
+    """Export a UNet to ONNX, with adapters merged into its weights, or kept factored.
 
     Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
     PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
+
+    With --factored, each adapted layer is one operator of domain ai.trlora, a function of plain operators that every
+    runtime takes. Cores and strength are initialisers that may be fed: see `trexport adapter`.
     """
     from trexport.cli.console import gigabytes, print_json, progress_for
+    from trexport.cli.show import show_plan
+    from trexport.errors import UsageError
     from trexport.graph.export import ExportOptions, export_onnx, free_or_fixed, plan_export
+    from trexport.graph.factored import FactoredOptions
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
 
+    given = {"--blank": blank, "--path": path, "--optimum": optimum}
+    if not factored and any(given.values()):
+        raise UsageError(f"{next(name for name, value in given.items() if value)} goes with --factored")
     opened = open_base(base, revision=revision, variant=variant)
     bound = open_adapters(adapters, opened)
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     fixed = free_or_fixed(sizes, static=static, config=opened.config)
-    options = ExportOptions(dtype=dtype, opset=opset, fixed=fixed)
-    plan = plan_export(opened, out, options, overwrite=overwrite)
+    kept = FactoredOptions(blank=blank, path=path, plan_for=plan_for) if factored else None
+    options = ExportOptions(dtype=dtype, opset=opset, fixed=fixed, factored=kept, optimum=optimum)
+    plan = plan_export(opened, bound, out, options, overwrite=overwrite)
     if dry_run:
         if as_json:
             print_json({"out": str(out), "dry_run": True, "size_bytes": plan.size_bytes, "opset": plan.choice.opset})
@@ -76,6 +120,8 @@ def command(
         print_json({"out": str(out)} | manifest.to_dict())
         return
     click.echo(f"opset {manifest.opset}: {manifest.opset_reason}")
+    if plan.factored is not None:
+        show_plan(plan.factored)
     for tensor in [*manifest.io.inputs, *manifest.io.outputs]:
         click.echo(f"  {tensor.name:24} {tensor.dtype}  {list(tensor.axes)}")
     click.echo(f"written: {out}")

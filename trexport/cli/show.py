@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import click
 
 from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
+from trexport.graph.factored import Factored
 from trexport.parity.report import ParityReport
 
 
@@ -44,6 +46,18 @@ def show_parity(report: ParityReport) -> None:
         click.echo(report.location_note)
     if report.passed:
         click.echo("passed")
+
+
+def show_plan(factored: Factored) -> None:
+    """How the layers of a factored graph are computed, alike ones counted."""
+    groups = Counter((layer.path, layer.tokens, tuple(layer.cost_ms.items())) for layer in factored.plan.values())
+    rows = [
+        (count, path, tokens, *(f"{cost:.3f}" for _, cost in costs))
+        for (path, tokens, costs), count in sorted(groups.items(), key=lambda item: -item[0][1])
+    ]
+    paths = [f"{path}, ms" for path in next(iter(factored.plan.values())).cost_ms]
+    sizes = ", ".join(f"{axis} {size}" for axis, size in factored.optimum.items())
+    print_table(f"path plan for {factored.plan_for} at {sizes}", ["layers", "path", "tokens", *paths], rows)
 
 
 def show_bench(report: BenchReport) -> None:

@@ -25,12 +25,12 @@ def check_model(path: Path, spec: ModelSpec, parameters: Iterable[str]) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name}: onnx.checker refuses it: {error}") from error
     graph = onnx.load(path, load_external_data=False).graph
+    held = {initializer.name for initializer in graph.initializer}
     for kind, values, expected in (("input", graph.input, spec.inputs), ("output", graph.output, spec.outputs)):
-        found = [_describe(value) for value in values]
+        found = [_describe(value) for value in values if value.name not in held]  # less overridable initialisers
         wanted = [(tensor.name, _ONNX_DTYPES[tensor.dtype], tensor.axes) for tensor in expected]
         if found != wanted:
             raise ExportError(f"{path.name}: {kind}s are {found}, expected {wanted}")
-    held = {initializer.name for initializer in graph.initializer}
     missing = [name for name in parameters if name not in held]
     if missing:
         raise ExportError(f"{path.name}: {len(missing)} parameters are not among the initialisers, {missing[0]} first")

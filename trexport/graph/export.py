@@ -19,7 +19,9 @@ import torch
 from trexport.disk import check_disk
 from trexport.errors import ExportError, UsageError
 from trexport.graph.check import check_model
+from trexport.graph.factored import Factored, FactoredOptions, default_tensors, plan_factored
 from trexport.graph.opset import OpsetChoice, choose_opset
+from trexport.graph.passes.factor import factor
 from trexport.graph.passes.fold import fold
 from trexport.graph.passes.metadata import metadata
 from trexport.hashing import sha256_of_file
@@ -46,6 +48,10 @@ class ExportOptions:
     """None chooses, with the reason in the manifest."""
     fixed: Mapping[str, int] | None = None
     """Axes to fix, by name (see `trexport.io_spec.FREE_AXES`); the others stay free. None leaves all free."""
+    factored: FactoredOptions | None = None
+    """Keep the adapters factored, as operators of domain `ai.trlora`. None merges them."""
+    optimum: Mapping[str, int] | None = None
+    """Sizes that free axes will mostly have, for the factored form's plan; the UNet's own where not given."""
 
 
 @final
@@ -59,6 +65,7 @@ class ExportPlan:
     """To trace with."""
     size_bytes: int
     """Of the weights."""
+    factored: Factored | None = None
 
 
 def export_onnx(
@@ -71,7 +78,7 @@ def export_onnx(
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write `OUT/unet/model.onnx`, `model.onnx_data` and `config.json`, and `OUT/trexport.json`, with the adapters merged
-    in; names and layout are optimum's.
+    in, or kept factored; names and layout are optimum's.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is not set.
@@ -79,14 +86,18 @@ def export_onnx(
         ExportError: the exporter failed, or its result is not a whole model.
     """
     options = options or ExportOptions()
-    plan = plan_export(base, out, options, overwrite=overwrite)
+    plan = plan_export(base, adapters, out, options, overwrite=overwrite)
     choice, spec = plan.choice, plan.spec
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.content_hash)
         model = load_unet(base, options.dtype, progress=progress)
-        merge_into_(model, adapters, progress=progress)
+        if plan.factored is None:
+            merge_into_(model, adapters, progress=progress)
         with progress.task("export"):
             graph = _export(model, spec, plan.sizes, choice)
+            if plan.factored is not None:
+                tensors = default_tensors(plan.factored, adapters)
+                factor(graph, plan.factored.slots, tensors, plan.factored.plan, options.dtype)
         unet = folder / UNET_FOLDER
         unet.mkdir()
         with progress.task("save", base.size_bytes) as task:
@@ -100,12 +111,13 @@ def export_onnx(
             files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(unet.iterdir())}
         manifest = Manifest(
             kind="onnx",
-            form="merged" if adapters else "base",
+            form="factored" if plan.factored else "merged" if adapters else "base",
             dtype=options.dtype,
             io=spec,
             base=BaseRecord(base.name, base_hash.result()),
-            adapters=tuple(adapter.record() for adapter in adapters),
+            adapters=() if plan.factored and plan.factored.blank else tuple(a.record() for a in adapters),
             files=files,
+            factored=plan.factored.to_dict() if plan.factored else None,
             opset=choice.opset,
             opset_reason=choice.reason,
             versions=package_versions(),
@@ -114,14 +126,20 @@ def export_onnx(
     return manifest
 
 
-def plan_export(base: Base, out: Path, options: ExportOptions, *, overwrite: bool = False) -> ExportPlan:
+def plan_export(
+    base: Base, adapters: Sequence[BoundAdapter], out: Path, options: ExportOptions, *, overwrite: bool = False
+) -> ExportPlan:
     """What `export_onnx` would do, nothing written. Raises what it would raise before it writes."""
     choice = choose_opset(options.dtype, options.opset)
     sizes = check_sizes(base.config, options.fixed or {})
     check_free(out, overwrite=overwrite)
     size_bytes = sum(math.prod(shape) for shape in base.shapes().values()) * BYTES_OF[options.dtype]
     check_disk(out, size_bytes)
-    return ExportPlan(choice, unet_spec(base.config, options.dtype, options.fixed), sizes, size_bytes)
+    spec = unet_spec(base.config, options.dtype, options.fixed)
+    if options.factored is None:
+        return ExportPlan(choice, spec, sizes, size_bytes)
+    optimum = sizes | check_sizes(base.config, {**(options.optimum or {}), **(options.fixed or {})})
+    return ExportPlan(choice, spec, sizes, size_bytes, plan_factored(base, adapters, optimum, options.factored))
 
 
 def check_sizes(config: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:

@@ -8,20 +8,31 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 
 from trexport.errors import TrexportError, UsageError
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
-from trexport.models.base import Base, sample_folder
+from trexport.models.base import sample_folder
 from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, load_adapter
 from trlora.checkpoint import LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
 
 _STRENGTH = re.compile(r"(?P<name>.+)=(?P<strength>[^=/\\]*)")
+
+
+class Layers(Protocol):
+    """What adapters are bound to: a `trexport.models.base.Base`, or the layers of an exported graph."""
+
+    @property
+    def name(self) -> str: ...
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path → (out_features, in_features)."""
+        ...
 
 
 @final
@@ -40,7 +51,7 @@ class BoundAdapter:
         return AdapterRecord(self.name, self.strength, self.sha256, len(self.layers), self.adapter.parameters)
 
 
-def open_adapters(arguments: Sequence[str], base: Base) -> list[BoundAdapter]:
+def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
     """Open `ADAPTER[=STRENGTH]` arguments and bind every tensor of each to a layer of the base.
 
     ADAPTER is a checkpoint folder or file, `sample:digits/NAME`, or `random:tlora:2:6` (random and trained on nothing,
@@ -121,17 +132,19 @@ _RANDOM: dict[str, tuple[int, Any]] = {
 }
 
 
-def _random_adapter(name: str, base: Base) -> Adapter:
+def _random_adapter(name: str, base: Layers) -> Adapter:
     kind, *ranks = name.removeprefix("random:").split(":")
     if kind not in _RANDOM or len(ranks) != _RANDOM[kind][0] or not all(rank.isdigit() and int(rank) for rank in ranks):
         raise UsageError(f"{name}: expected random:tlora:2:6, random:tlora-star:2:4 or random:lora:4 (kind and ranks)")
     spec = AdapterSpec.from_dict(_RANDOM[kind][1](*map(int, ranks)))
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
     pattern = re.compile(PRESETS["attention"])
     layers: dict[str, LayerParts] = {}
     for path, (rows, columns) in base.linear_shapes().items():
         if not pattern.fullmatch(path):
             continue
+        # a layer at a time, so that it depends on nothing but the names
+        digest = hashlib.sha256(f"{name} {path}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         layer = LayerAdapter.from_spec(spec, columns, rows, generator)
         for parameter in layer.parameters():
             # as far from the start as training takes an adapter: a change of some percent of the weight

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trexport.errors import BaseError
-from trexport.io_spec import Dtype, ModelSpec
+from trexport.io_spec import Dtype, ModelSpec, unet_spec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
@@ -97,6 +97,30 @@ def layers_of(adapters: Sequence[BoundAdapter]) -> dict[str, list[tuple[Any, flo
         for path, layer in adapter.layers.items():
             layers.setdefault(path, []).append((layer, adapter.strength))
     return layers
+
+
+def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
+    """How many rows each of some linear layers sees in one step: tokens times samples. Computed from shapes alone.
+
+    Args:
+        sizes: of all axes of `trexport.io_spec.FREE_AXES`.
+    """
+    model = empty_unet(base.config)
+    rows: dict[str, int] = {}
+
+    def record(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows[path] = inputs[0].shape[:-1].numel()
+
+        return hook
+
+    for path in paths:
+        model.get_submodule(path).register_forward_pre_hook(record(path))
+    spec = unet_spec(base.config, "fp32")
+    feeds = {tensor.name: torch.empty(tensor.shape(sizes), device="meta") for tensor in spec.inputs}
+    with torch.no_grad():
+        call_unet(model, feeds)
+    return rows
 
 
 def call_unet(model: nn.Module, feeds: Mapping[str, Tensor]) -> Tensor:

@@ -9,9 +9,11 @@ from typing import final
 
 from torch import Tensor
 
+from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
 from trexport.backends import BACKENDS, Device, OnnxFile, Runner, TorchModel
 from trexport.errors import TrexportError
+from trexport.graph.factored import tensors_of
 from trexport.io_spec import FREE_AXES, ModelSpec, default_sizes, downscale_of
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
@@ -58,7 +60,8 @@ def validate(
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
-    whole trajectory. Inputs are rounded to the artifact's precision first, so that both see the same.
+    whole trajectory. A factored artifact is fed the adapters. Inputs are rounded to the artifact's precision first, so that
+    both see the same.
 
     It fails where an error leaves its tolerance, where anything is NaN or Inf, and where the adapters do not move the
     output, for then equality proves nothing.
@@ -73,7 +76,8 @@ def validate(
     sample = sample_of(base, options.trajectory_steps or None)
     backend = BACKENDS["onnxruntime" if manifest.kind == "onnx" else "torch"]
     if manifest.kind == "onnx":
-        source: OnnxFile | TorchModel = OnnxFile(artifact.onnx_path, manifest.io)
+        fed = tensors_of(factored_of(artifact).slots, adapters) if manifest.factored is not None and adapters else {}
+        source: OnnxFile | TorchModel = OnnxFile(artifact.onnx_path, manifest.io, fed)
     else:
         source = TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
     shapes = _shapes(manifest.io, base, sample, options.sizes)
@@ -104,6 +108,8 @@ def validate(
     if failures and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
+        elif manifest.factored is not None and manifest.factored["blank"] and adapters:
+            note = "the first wrong tensor is looked for in models that hold their adapters, not where they are fed"
         else:
             with progress.task("locate"):
                 deviation, note = _locate(artifact, base, adapters, worst, sample, tolerance, device)

@@ -189,3 +189,35 @@ def test_an_output_that_is_not_empty_is_refused_before_any_work(
     assert run_cli(["merge", unet_folder, adapter_folder, "-o", out, "--overwrite"]) == 0
     assert open_artifact(out).manifest.kind == "unet"
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_factored_then_adapter_then_validate(
+    unet_folder: Path, adapter_folder: Path, lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "factored", tmp_path / "a.onnx_adapter"
+    sizes = ["--static", "--batch-size", "1", "--height", "8", "--width", "8", "--sequence-length", "4"]
+    assert run_cli(["onnx", unet_folder, adapter_folder, "-o", out, "--factored", *sizes]) == 0
+    assert "path plan for cpu" in capsys.readouterr().out
+    assert run_cli(["validate", out, "--trajectory-steps", "0", "--seeds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert run_cli(["adapter", "random:tlora:1:6=0.5", "--for", out, "-o", file, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"]
+    assert not file.exists()
+    assert run_cli(["adapter", "random:tlora:1:6=0.5", "--for", out, "-o", file]) == 0
+    assert file.stat().st_size > 0
+    assert run_cli(["adapter", "random:tlora:1:6", "--for", out, "-o", file]) == 1  # exists
+    capsys.readouterr()
+    assert run_cli(["adapter", lora_folder, "--for", out, "-o", tmp_path / "b.onnx_adapter"]) == 1
+    assert "the graph takes" in capsys.readouterr().err
+    assert run_cli(["adapter", "random:tlora:1:6", "--for", out, "-o", tmp_path / "b.txt"]) == 2
+    assert leftovers(tmp_path) == ["a.onnx_adapter", "factored"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--blank"], ["--path", "dense"], ["--optimum", "2x8x8x5"], ["--factored", "--optimum", "2x8"]], ids=str
+)
+def test_options_of_the_factored_form_without_it(
+    options: list[str], unet_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    assert run_cli(["onnx", unet_folder, adapter_folder, "-o", tmp_path / "x", *options]) == 2
+    assert leftovers(tmp_path) == []

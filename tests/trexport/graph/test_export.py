@@ -112,7 +112,7 @@ def test_opsets() -> None:
 def test_impossible_sizes_are_refused_before_anything(base: Base, tmp_path: Path) -> None:
     for axis, size in (("height", 7), ("width", 0), ("batch_size", 0)):
         with pytest.raises(UsageError, match=axis):
-            plan_export(base, tmp_path / "x", ExportOptions(fixed={axis: size}))
+            plan_export(base, [], tmp_path / "x", ExportOptions(fixed={axis: size}))
     assert leftovers(tmp_path) == []
 
 

@@ -1,0 +1,114 @@
+"""The factored form: what `trexport onnx --factored` decides before it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+from torch import Tensor
+
+from trexport.errors import UsageError
+from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
+from trexport.graph.ops.slots import Slot, slots_for
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
+from trexport.models.unet import rows_of_layers
+
+
+@final
+@dataclass(frozen=True)
+class FactoredOptions:
+    """How to keep adapters factored."""
+
+    blank: bool = False
+    """Take the adapters' shapes only: identity, zero and strength 1 are the defaults, and the model is the base."""
+    path: Path | None = None
+    """Compute every layer this way; None plans each."""
+    plan_for: str = "cpu"
+    """The device whose costs the plan weighs, of `trexport.graph.ops.plan.COST_MODELS`."""
+
+
+@final
+@dataclass(frozen=True)
+class Factored:
+    """What a factored graph takes, and how it computes."""
+
+    slots: Sequence[Slot]
+    plan: Mapping[str, LayerPlan]
+    optimum: Mapping[str, int]
+    """The sizes that the plan is made for."""
+    plan_for: str
+    blank: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "blank": self.blank,
+            "plan_for": self.plan_for,
+            "optimum": dict(self.optimum),
+            "plan": {path: layer.to_dict() for path, layer in self.plan.items()},
+            "slots": [slot.to_dict() for slot in self.slots],
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises `KeyError` or `TypeError` for what `to_dict` never wrote."""
+        plan = {path: LayerPlan.from_dict(layer) for path, layer in fields["plan"].items()}
+        slots = [Slot.from_dict(slot) for slot in fields["slots"]]
+        return cls(slots, plan, fields["optimum"], fields["plan_for"], fields["blank"])
+
+
+def plan_factored(
+    base: Base, adapters: Sequence[BoundAdapter], optimum: Mapping[str, int], options: FactoredOptions
+) -> Factored:
+    """Slots for the adapters, and the path of every layer they are on.
+
+    Args:
+        optimum: sizes of all free axes.
+
+    Raises:
+        UsageError: no adapter given, or an unknown `plan_for`.
+    """
+    if not adapters:
+        raise UsageError("--factored needs an adapter, for its shapes: give one (random:tlora:2:6 has any), --blank it")
+    if options.plan_for not in COST_MODELS:
+        raise UsageError(f"no cost model {options.plan_for!r}, expected one of {sorted(COST_MODELS)}")
+    slots = slots_for([adapter.layers for adapter in adapters])
+    shapes = base.linear_shapes()
+    paths = [path for path in shapes if any(path in slot.layers for slot in slots)]
+    rows = rows_of_layers(base, optimum, paths)
+    model = COST_MODELS[options.plan_for]
+    plan = {}
+    for path in paths:
+        on_layer = [slot.layers[path] for slot in slots if path in slot.layers]
+        plan[path] = plan_layer(on_layer, shapes[path], rows[path], model, options.path)
+    return Factored(slots, plan, dict(optimum), options.plan_for, options.blank)
+
+
+def tensors_of(slots: Sequence[Slot], adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
+    """The graph's inputs for adapters, the k-th in the k-th slot; slots that are left are at strength zero.
+
+    Raises:
+        UsageError: more adapters than slots.
+        ArtifactError: an adapter does not fit its slot.
+    """
+    if len(adapters) > len(slots):
+        raise UsageError(f"{len(adapters)} adapters given, the graph takes {len(slots)} at once")
+    tensors: dict[str, Tensor] = {}
+    for number, slot in enumerate(slots):
+        if number < len(adapters):
+            adapter = adapters[number]
+            tensors |= slot.tensors(adapter.layers, adapter.strength, adapter.name)
+        else:
+            tensors |= slot.tensors({}, 0.0, "none")
+    return tensors
+
+
+def default_tensors(factored: Factored, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
+    """What the graph holds where nothing is fed."""
+    if not factored.blank:
+        return tensors_of(factored.slots, adapters)
+    tensors: dict[str, Tensor] = {}
+    for slot in factored.slots:
+        tensors |= slot.neutral()
+    return tensors

@@ -1,0 +1,134 @@
+"""`ai.trlora::AdaptedLinear_…`, the operator of one adapted linear layer.
+
+    Y = X·W'ᵀ + B,   W' = W·(I + Σ_k s_k (T_k − I)) + Σ_k s_k Δ_k
+
+| input | shape | type |
+|---|---|---|
+| X | (…, in) | T |
+| W | (out, in), as in torch | T |
+| B (where the layer has one) | (out,) | T |
+| for each adapter: strength | (1,) | float32 |
+| then the tensors of its transform and of its residual | see the members in `trexport.graph.ops` | float32 |
+
+Output Y (…, out), type T. T is float, float16 or bfloat16: that of the artifact, for which the functions are written. The
+name tells the members with their ranks, the layer's shape and the path (see `trexport.graph.ops.plan`); layers that agree in
+all of it share one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import onnx_ir as ir
+
+from trexport.graph.ops import DOMAIN
+from trexport.graph.ops.body import Body
+from trexport.graph.ops.plan import Path
+from trexport.graph.ops.slots import STRENGTH, LayerSlot
+from trexport.io_spec import Dtype
+
+
+@final
+@dataclass(frozen=True)
+class LinearSignature:
+    """What a function is written for."""
+
+    slots: tuple[LayerSlot, ...]
+    out_features: int
+    in_features: int
+    bias: bool
+    rank: int
+    """Dimensions of X."""
+    path: Path
+    dtype: Dtype
+
+    def name(self) -> str:
+        parts = ["AdaptedLinear", *(slot.signature() for slot in self.slots)]
+        parts += [f"{self.in_features}to{self.out_features}", self.path]
+        parts += ["bias"] if self.bias else []
+        return "_".join([*parts, f"{self.rank}d"])
+
+
+def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Function:
+    """The function `name` of domain `ai.trlora`."""
+    body = Body(signature.dtype)
+    x, weight = ir.val("X"), ir.val("W")
+    inputs = [x, weight]
+    bias = ir.val("B") if signature.bias else None
+    inputs += [bias] if bias is not None else []
+    slots: list[tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]] = []
+    for number, slot in enumerate(signature.slots):
+        strength = ir.val(f"{STRENGTH}_{number}")
+        values = [ir.val(f"{key.replace('.', '_')}_{number}") for key in slot.names()]
+        inputs += [strength, *values]
+        split = len(slot.transform.shapes) if slot.transform is not None else 0
+        slots.append((slot, body.narrow(strength), values[:split], values[split:]))
+    if signature.path == "weight":
+        y = body.matmul(x, body.transpose(_rebuilt(body, weight, slots), [1, 0]))
+        added = None
+    else:
+        moved, added = _moved(body, x, slots, signature), _added(body, x, slots)
+        y = body.matmul(moved, body.transpose(weight, [1, 0]))
+    if bias is not None:
+        y = body.op("Add", y, bias)
+    if added is not None:
+        y = body.op("Add", y, added)
+    y.name = "Y"
+    graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset}, name=name)
+    function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
+    function.doc_string = _documentation(signature)
+    return function
+
+
+_Slots = Sequence[tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]]
+
+
+def _moved(body: Body, x: ir.Value, slots: _Slots, signature: LinearSignature) -> ir.Value:
+    """`x + Σ s (T·x − x)`: at strength zero x itself, to the last bit."""
+    moved = x
+    for slot, strength, values, _ in slots:
+        if slot.transform is not None:
+            turned = slot.transform.activations(body, x, signature.rank, values, dense=signature.path == "dense")
+            step = body.op("Mul", body.op("Sub", turned, x), strength)
+            moved = body.op("Add", moved, step)
+    return moved
+
+
+def _added(body: Body, x: ir.Value, slots: _Slots) -> ir.Value | None:
+    """`Σ s Δ·x`."""
+    added: ir.Value | None = None
+    for slot, strength, _, values in slots:
+        if slot.residual is not None:
+            right, left = slot.residual.factors(body, values)
+            # the strength scales the thin tensor in between
+            step = body.matmul(body.op("Mul", body.matmul(x, right), strength), body.transpose(left, [1, 0]))
+            added = step if added is None else body.op("Add", added, step)
+    return added
+
+
+def _rebuilt(body: Body, weight: ir.Value, slots: _Slots) -> ir.Value:
+    """`W + Σ s (W·T − W + Δ)`: at strength zero W itself, to the last bit."""
+    rebuilt = weight
+    for slot, strength, of_transform, of_residual in slots:
+        change: ir.Value | None = None
+        if slot.transform is not None:
+            change = body.op("Sub", slot.transform.weight(body, weight, of_transform), weight)
+        if slot.residual is not None:
+            right, left = slot.residual.factors(body, of_residual)
+            delta = body.matmul(left, body.transpose(right, [1, 0]))
+            change = delta if change is None else body.op("Add", change, delta)
+        if change is not None:
+            rebuilt = body.op("Add", rebuilt, body.op("Mul", change, strength))
+    return rebuilt
+
+
+def _documentation(signature: LinearSignature) -> str:
+    lines = ["Y = X W'^T + B with W' = W (I + sum_k s_k (T_k - I)) + sum_k s_k Delta_k.", f"Path: {signature.path}."]
+    for number, slot in enumerate(signature.slots):
+        lines.append(f"Adapter {number}: {STRENGTH}_{number} (1,) float32")
+        for part, op in slot.parts.items():
+            shapes = ", ".join(f"{name} {shape}" for name, shape in op.shapes.items())
+            lines.append(f"  {part} {op.type}: {shapes}, float32")
+    return "\n".join(lines)

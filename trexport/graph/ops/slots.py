@@ -1,0 +1,142 @@
+"""Slots: places for adapters in an exported graph, of fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+from trexport.errors import ArtifactError
+from trexport.graph.ops import RESIDUAL_OPS, TRANSFORM_OPS, MemberOp, ResidualOp, TransformOp
+from trlora import LayerAdapter
+from trlora.errors import nearest
+
+STRENGTH = "strength"
+
+
+@final
+@dataclass(frozen=True)
+class LayerSlot:
+    """What one layer takes of one adapter."""
+
+    transform: TransformOp | None
+    residual: ResidualOp | None
+
+    @classmethod
+    def of(cls, adapter: LayerAdapter) -> Self:
+        """The slot that an adapter of a layer needs."""
+        transform, residual = adapter.transform, adapter.residual
+        return cls(
+            None if transform.trivial else TRANSFORM_OPS[adapter.spec.transform.type].of(transform),
+            None if residual.trivial else RESIDUAL_OPS[adapter.spec.residual.type].of(residual),
+        )
+
+    @property
+    def parts(self) -> dict[str, MemberOp]:
+        """The members that are there, by their part of a key."""
+        found = {"transform": self.transform, "residual": self.residual}
+        return {part: op for part, op in found.items() if op is not None}
+
+    def names(self) -> list[str]:
+        """The inputs in their order, as a checkpoint names them below a layer's path."""
+        return [f"{part}.{name}" for part, op in self.parts.items() for name in op.shapes]
+
+    def neutral(self) -> dict[str, Tensor]:
+        """Tensors that change nothing."""
+        return {f"{part}.{name}": t for part, op in self.parts.items() for name, t in op.neutral().items()}
+
+    def tensors(self, adapter: LayerAdapter) -> dict[str, Tensor]:
+        """An adapter's tensors, in the shapes of this slot.
+
+        Raises:
+            ArtifactError: they do not fit.
+        """
+        result = self.neutral()
+        given = {
+            "transform": (adapter.transform, adapter.spec.transform.type),
+            "residual": (adapter.residual, adapter.spec.residual.type),
+        }
+        for part, (member, kind) in given.items():
+            if member.trivial:
+                continue
+            op = self.parts.get(part)
+            if op is None or op.type != kind:
+                takes = "none" if op is None else repr(op.type)
+                raise ArtifactError(f"a {kind!r} {part} found, the graph takes {takes} there")
+            result |= {f"{part}.{name}": tensor for name, tensor in op.tensors(member).items()}
+        return result
+
+    def signature(self) -> str:
+        return "_".join(op.signature() for op in self.parts.values())
+
+
+@final
+@dataclass(frozen=True)
+class Slot:
+    """A place for one adapter: its layers, and the prefix of its inputs' names."""
+
+    prefix: str
+    layers: Mapping[str, LayerSlot]
+
+    @property
+    def strength(self) -> str:
+        """The input that scales the adapter, float32 of shape (1,): ONNX Runtime's adapter files hold no scalars."""
+        return f"{self.prefix}{STRENGTH}"
+
+    def neutral(self) -> dict[str, Tensor]:
+        """Identity, zero, and strength 1, by input name."""
+        tensors = {self.strength: torch.ones(1)}
+        for path, layer in self.layers.items():
+            tensors |= {f"{self.prefix}{path}.{name}": tensor for name, tensor in layer.neutral().items()}
+        return tensors
+
+    def tensors(self, layers: Mapping[str, LayerAdapter], strength: float, source: str) -> dict[str, Tensor]:
+        """An adapter as this slot's inputs: float32, layers that it lacks neutral.
+
+        Raises:
+            ArtifactError: a layer that the slot lacks, or a member that does not fit.
+        """
+        tensors = self.neutral() | {self.strength: torch.tensor([strength], dtype=torch.float32)}
+        for path, adapter in layers.items():
+            if path not in self.layers:
+                raise ArtifactError(
+                    f"{source}: adapts {path}, where the graph takes no adapter{nearest(path, self.layers)}"
+                )
+            try:
+                found = self.layers[path].tensors(adapter)
+            except ArtifactError as error:
+                raise ArtifactError(f"{source}: {path}: {error}; export for this adapter's shapes") from error
+            tensors |= {f"{self.prefix}{path}.{name}": tensor for name, tensor in found.items()}
+        return tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {path: {part: op.to_dict() for part, op in layer.parts.items()} for path, layer in self.layers.items()}
+        return {"prefix": self.prefix, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises `KeyError` or `TypeError` for what `to_dict` never wrote."""
+
+        def op(entry: Mapping[str, Any] | None, registry: Mapping[str, type[Any]]) -> Any:
+            if entry is None:
+                return None
+            return registry[entry["type"]]({name: tuple(shape) for name, shape in entry["shapes"].items()})
+
+        layers = {
+            path: LayerSlot(op(parts.get("transform"), TRANSFORM_OPS), op(parts.get("residual"), RESIDUAL_OPS))
+            for path, parts in fields["layers"].items()
+        }
+        return cls(fields["prefix"], layers)
+
+
+def slots_for(adapters: Sequence[Mapping[str, LayerAdapter]]) -> list[Slot]:
+    """A slot for each adapter. A single one's inputs have a checkpoint's own keys and `strength`; of several, those of the
+    k-th have `adapter_<k>.` before them."""
+    prefixes = [""] if len(adapters) == 1 else [f"adapter_{k}." for k in range(len(adapters))]
+    return [
+        Slot(prefix, {path: LayerSlot.of(adapter) for path, adapter in layers.items()})
+        for prefix, layers in zip(prefixes, adapters, strict=True)
+    ]

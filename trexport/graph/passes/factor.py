@@ -1,0 +1,106 @@
+"""Linear layers into `ai.trlora` operators, their cores into overridable initialisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir import convenience
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
+
+from trexport.errors import ExportError
+from trexport.graph.ops import DOMAIN, VERSION
+from trexport.graph.ops.linear import LinearSignature, linear_function
+from trexport.graph.ops.plan import LayerPlan
+from trexport.graph.ops.slots import Slot
+from trexport.io_spec import Dtype
+
+
+def factor(
+    model: ir.Model, slots: Sequence[Slot], tensors: Mapping[str, Tensor], plan: Mapping[str, LayerPlan], dtype: Dtype
+) -> ir.Model:
+    """Put one operator in the place of every linear layer that `plan` names; in place.
+
+    Args:
+        tensors: the defaults of every slot's inputs, float32; they become overridable initialisers, which are graph inputs
+            with a value.
+
+    Raises:
+        ExportError: a layer is not in the graph as a product with its weight.
+    """
+    opset = model.opset_imports[""]
+    values = {name: _overridable(model, name, tensor) for name, tensor in tensors.items()}
+    functions: dict[LinearSignature | str, str] = {}
+    for path, layer in plan.items():
+        product, bias, output = _find(model, path)
+        x = product.inputs[0]
+        weight = model.graph.initializers[f"{path}.weight"]
+        assert x is not None
+        assert weight.shape is not None
+        rows, columns = (int(size) for size in weight.shape)  # type: ignore[call-overload]
+        on_layer = [slot for slot in slots if path in slot.layers]
+        signature = LinearSignature(
+            tuple(slot.layers[path] for slot in on_layer),
+            rows,
+            columns,
+            bias is not None,
+            x.shape.rank() if x.shape is not None else 3,
+            layer.path,
+            dtype,
+        )
+        key = repr(signature)
+        if key not in functions:
+            name, number = signature.name(), 2
+            while name in functions.values():  # ranks that differ in a way the name does not tell
+                name, number = f"{signature.name()}_{number}", number + 1
+            functions[key] = name
+            function = linear_function(signature, name, opset)
+            model.functions[function.identifier()] = function
+        inputs = [x, weight, *([bias] if bias is not None else [])]
+        for slot in on_layer:
+            inputs.append(values[slot.strength])
+            inputs += [values[f"{slot.prefix}{path}.{key}"] for key in slot.layers[path].names()]
+        result = ir.val(output.name, dtype=output.dtype, shape=output.shape)
+        node = ir.Node(
+            DOMAIN, functions[key], inputs, outputs=[result], name=path, metadata_props=dict(product.metadata_props)
+        )
+        last = output.producer()
+        assert last is not None
+        old = [product] if last is product else [product, last]
+        convenience.replace_nodes_and_values(model.graph, last, old, [node], [output], [result])
+    model.opset_imports[DOMAIN] = VERSION
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _overridable(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:
+    array = tensor.detach().to(torch.float32).contiguous().numpy()
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(array.shape),
+        const_value=ir.tensor(array, name=name),
+    )
+    model.graph.initializers.add(value)
+    model.graph.inputs.append(value)
+    return value
+
+
+def _find(model: ir.Model, path: str) -> tuple[ir.Node, ir.Value | None, ir.Value]:
+    """The product of a layer, its bias, and its output: `MatMul(x, Transpose(W)) [+ b]`, or `Gemm`."""
+    weight = model.graph.initializers.get(f"{path}.weight")
+    bias = model.graph.initializers.get(f"{path}.bias")
+    for turned in [] if weight is None else weight.consumers():
+        if turned.op_type == "Gemm" and turned.inputs[1] is weight:
+            return turned, bias, turned.outputs[0]
+        for product in turned.outputs[0].consumers() if turned.op_type == "Transpose" else []:
+            if product.op_type != "MatMul" or product.inputs[1] is not turned.outputs[0]:
+                continue
+            if bias is None:
+                return product, None, product.outputs[0]
+            for add in product.outputs[0].consumers():
+                if add.op_type == "Add" and bias in add.inputs:
+                    return product, bias, add.outputs[0]
+    raise ExportError(f"{path}: not found in the graph as a product with its weight; export it merged")
