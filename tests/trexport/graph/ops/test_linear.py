@@ -60,7 +60,7 @@ def run(proto: onnx.ModelProto, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Te
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, arrays)[0])
-    return found, torch.from_numpy(np.asarray(list(onnx.reference.ReferenceEvaluator(proto).run(None, arrays))[0]))
+    return found, torch.from_numpy(np.asarray(next(iter(onnx.reference.ReferenceEvaluator(proto).run(None, arrays)))))
 
 
 def feeds_of(
