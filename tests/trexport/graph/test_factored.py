@@ -228,7 +228,11 @@ def test_rows_are_what_the_layers_see(base: Base) -> None:
     ]
     for path in paths:
         layer = model.get_submodule(path)
-        layer.register_forward_pre_hook(lambda _, x, path=path: seen.__setitem__(path, x[0].shape[:-1].numel()))
+
+        def record(module: torch.nn.Module, inputs: tuple[Tensor, ...], path: str = path) -> None:
+            seen[path] = inputs[0].shape[:-1].numel()
+
+        layer.register_forward_pre_hook(record)
     sizes = {"batch_size": 3, "height": 12, "width": 8, "sequence_length": 5}
     from trexport.io_spec import unet_spec
 
