@@ -114,6 +114,7 @@ TREXPORT_STOREYS = [
     {"graph", "backends", "merging"},
     {"artifact"},
     {"adapter_file"},
+    {"session"},
     {"parity", "inspecting"},
     {"bench"},
     {"demo"},

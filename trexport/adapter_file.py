@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import final
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from trexport.artifact import Artifact
@@ -17,7 +18,9 @@ from trexport.backends.onnxruntime import read_adapter_file, write_adapter_file
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.check import load_graph
 from trexport.graph.factored import Factored, tensors_of
-from trexport.models.adapters import open_adapters
+from trexport.graph.ops.slots import STRENGTH, Slot, stacked
+from trexport.graph.swappable import Swappable
+from trexport.models.adapters import BoundAdapter, open_adapters
 from trlora.files import atomic_file
 
 SUFFIXES = (".onnx_adapter", ".safetensors")
@@ -48,36 +51,101 @@ def factored_of(artifact: Artifact) -> Factored:
     try:
         return Factored.from_dict(fields)
     except (KeyError, TypeError) as error:
+        raise _damaged(artifact, error) from error
+
+
+def swappable_of(artifact: Artifact) -> Swappable:
+    """The slot of a swappable artifact.
+
+    Raises:
+        ArtifactError: another form, or a damaged record.
+    """
+    fields = artifact.manifest.swappable
+    if fields is None:
+        form = artifact.manifest.form
+        raise ArtifactError(f"{artifact.folder}: a {form} artifact, expected one of trexport onnx --swappable")
+    try:
+        return Swappable.from_dict(fields)
+    except (KeyError, TypeError) as error:
+        raise _damaged(artifact, error) from error
+
+
+def slots_of(artifact: Artifact) -> list[Slot]:
+    """The places for adapters of a factored or swappable artifact; of a bank, that of every place.
+
+    Raises:
+        ArtifactError: another form, or a damaged record.
+    """
+    if artifact.manifest.swappable is not None:
+        return [swappable_of(artifact).slot]
+    if artifact.manifest.factored is None:
+        form = artifact.manifest.form
         raise ArtifactError(
-            f"{artifact.folder}: damaged record of slots ({type(error).__name__}: {error}); export again"
-        ) from error
+            f"{artifact.folder}: a {form} artifact takes no adapters, expected one of trexport onnx --factored or "
+            "--swappable"
+        )
+    return list(factored_of(artifact).slots)
+
+
+def _damaged(artifact: Artifact, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{artifact.folder}: damaged record of slots ({type(error).__name__}: {error}); export again")
 
 
 def fingerprint(artifact: Artifact) -> int:
     """31 bits of the base's hash and the slots' shapes: what an adapter file of ONNX Runtime carries as its model version,
     so that one for another artifact is told by it."""
-    content = json.dumps([artifact.manifest.base.content_hash, [s.to_dict() for s in factored_of(artifact).slots]])
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little") >> 1
+    content = [artifact.manifest.base.content_hash, [slot.to_dict() for slot in slots_of(artifact)]]
+    if artifact.manifest.factored is None or factored_of(artifact).bank is not None:
+        content.append(artifact.manifest.form)  # stacked tensors
+    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:4], "little") >> 1
+
+
+def open_for(artifact: Artifact, adapters: Sequence[str]) -> list[BoundAdapter]:
+    """Open `ADAPTER[=STRENGTH]` arguments for the layers of an artifact's graph; the base itself is not needed.
+
+    Raises:
+        ArtifactError: an adapter says that it was trained on another base than the artifact was made from.
+        CheckpointError: an adapter is refused.
+    """
+    wanted = {f"{path}.weight": path for slot in slots_of(artifact) for path in slot.layers}
+    shapes: dict[str, tuple[int, int]] = {}
+    for initializer in load_graph(artifact.onnx_path).graph.initializer:
+        if initializer.name.endswith(".weight") and len(initializer.dims) == 2:
+            shapes[initializer.name.removesuffix(".weight")] = (int(initializer.dims[0]), int(initializer.dims[1]))
+    missing = [path for name, path in wanted.items() if path not in shapes]
+    if missing:
+        raise ArtifactError(f"{artifact.folder}: {missing[0]}.weight is not in the model; export again")
+    bound = open_adapters(adapters, _Shapes(str(artifact.folder), shapes))
+    for adapter in bound:
+        recorded = adapter.adapter.config.base_model.sha256
+        # what trexport records and `inspect` prints; a hash of a file says nothing of what the weights are
+        if recorded is not None and recorded.startswith("blake3:") and recorded != artifact.manifest.base.content_hash:
+            raise ArtifactError(
+                f"{adapter.name}: for another base, {adapter.adapter.config.base_model.name_or_path} with content hash "
+                f"{recorded}; {artifact.folder} was made from {artifact.manifest.base.name}, "
+                f"{artifact.manifest.base.content_hash}"
+            )
+    return bound
 
 
 def adapter_tensors(artifact: Artifact, adapters: Sequence[str]) -> dict[str, Tensor]:
-    """Every input that adapters need in an artifact's graph, by name: cores and strengths, float32.
+    """Every input that adapters need in an artifact's graph, by name, float32: cores and strengths of a factored one, stacks
+    of a bank, and of a swappable one what its `merge.onnx` takes.
 
     Args:
-        adapters: `ADAPTER[=STRENGTH]`, the k-th for the k-th slot. Slots that are left get strength zero.
+        adapters: `ADAPTER[=STRENGTH]`, the k-th for the k-th slot or place. Slots that are left get strength zero.
 
     Raises:
-        ArtifactError: the artifact is not factored, or an adapter does not fit it.
+        ArtifactError: the artifact takes no adapters, or an adapter does not fit it.
         CheckpointError: an adapter is refused.
     """
-    factored = factored_of(artifact)
-    names = {f"{path}.weight": path for path in factored.plan}
-    shapes = {
-        names[initializer.name]: (int(initializer.dims[0]), int(initializer.dims[1]))
-        for initializer in load_graph(artifact.onnx_path).graph.initializer
-        if initializer.name in names
-    }
-    return tensors_of(factored.slots, open_adapters(adapters, _Shapes(str(artifact.folder), shapes)))
+    bound = open_for(artifact, adapters)
+    if artifact.manifest.swappable is not None:
+        (slot,) = slots_of(artifact)
+        tensors = [slot.tensors(adapter.layers, adapter.strength, adapter.name) for adapter in bound]
+        strengths = torch.cat([found[slot.strength] for found in tensors])
+        return stacked(slot, tensors, len(tensors)) | {STRENGTH: strengths}
+    return tensors_of(factored_of(artifact), bound)
 
 
 def write_adapters(
@@ -114,7 +182,7 @@ def read_adapters(artifact: Artifact, path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: it is not.
     """
-    wanted = {name: t.shape for slot in factored_of(artifact).slots for name, t in slot.neutral().items()}
+    wanted = {name: t.shape for name, t in _neutral(artifact).items()}
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="pt") as reader:
@@ -130,6 +198,9 @@ def read_adapters(artifact: Artifact, path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{path}: written for another artifact; write it with trexport adapter --for {artifact.folder}"
         )
+    if artifact.manifest.swappable is not None:  # any number of adapters
+        count = len(tensors.get(STRENGTH, ()))
+        wanted = {name: torch.Size([count, *shape[1:]]) for name, shape in wanted.items()}
     for name, shape in wanted.items():
         if name not in tensors or tensors[name].shape != shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -137,3 +208,14 @@ def read_adapters(artifact: Artifact, path: Path) -> dict[str, Tensor]:
         if not tensors[name].isfinite().all():
             raise ArtifactError(f"{path}: {name}: holds NaN or Inf")
     return tensors
+
+
+def _neutral(artifact: Artifact) -> dict[str, Tensor]:
+    """Tensors of every input that an adapter file holds."""
+    if artifact.manifest.swappable is not None:
+        (slot,) = slots_of(artifact)
+        return stacked(slot, [], 1) | {STRENGTH: torch.ones(1)}
+    factored = factored_of(artifact)
+    if factored.bank is not None:
+        return stacked(factored.slots[0], [], factored.bank)
+    return {name: tensor for slot in factored.slots for name, tensor in slot.neutral().items()}

@@ -9,7 +9,7 @@ from typing import final
 
 from trexport.errors import ArtifactError, TrexportError
 from trexport.hashing import sha256_of_file
-from trexport.manifest import Manifest
+from trexport.manifest import MODEL_NAME, Manifest
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
 from trexport.progress import SILENT, Progress
@@ -30,10 +30,16 @@ class Artifact:
         Raises:
             ArtifactError: this artifact is no ONNX model.
         """
-        models = [name for name in self.manifest.files if name.endswith(".onnx")]
+        models = [name for name in self.manifest.files if Path(name).name == MODEL_NAME]
         if len(models) != 1:
             raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
         return self.folder / models[0]
+
+    @property
+    def blank(self) -> bool:
+        """Whether it was made for adapters of some shape, but from none in particular."""
+        record = self.manifest.factored or self.manifest.swappable
+        return record is not None and bool(record["blank"])
 
     def sources(
         self, base: str | None = None, adapters: Sequence[str] = (), *, progress: Progress = SILENT
@@ -42,14 +48,15 @@ class Artifact:
 
         Args:
             base: where the base is now; None for where it was.
-            adapters: likewise; none for where they were. For a blank factored artifact, any that are to be fed.
+            adapters: likewise; none for where they were. For a blank or swappable artifact, any that are to be
+                fed.
 
         Raises:
             ArtifactError: they have changed since, or are not found.
         """
         manifest = self.manifest
-        if manifest.factored is not None and manifest.factored["blank"] and adapters:
-            # made from no adapter in particular: these are to be fed
+        if (self.blank or manifest.swappable is not None) and adapters:
+            # it holds no adapter: these are to be fed
             opened = open_base(base or manifest.base.name)
             self._check_base(opened, progress)
             return opened, open_adapters(adapters, opened)

@@ -29,6 +29,10 @@ class ExportError(TrexportError):
     """An export that did not succeed, or whose result is not what was asked for."""
 
 
+class RunError(TrexportError):
+    """A run that a runtime refused or broke off."""
+
+
 class ParityError(TrexportError):
     """An artifact that is not equal to its reference, or an adapter that changes nothing. Exit code 3."""
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import safetensors
 
-from trexport.adapter_file import factored_of
+from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import open_artifact
 from trexport.errors import TrexportError
 from trexport.graph.check import load_graph, spec_of_graph
@@ -151,11 +151,27 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
-    del facts["kind"], facts["io"], facts["factored"]
+    del facts["kind"], facts["io"], facts["factored"], facts["swappable"]
+    if artifact.manifest.swappable is not None:
+        swappable = swappable_of(artifact)
+        sizes = {name: tensor.nbytes for name, tensor in swappable.slot.neutral().items()}
+        facts |= {"blank": swappable.blank, "adapted_layers": len(swappable.slot.layers)}
+        facts |= {"adapter_bytes": sum(sizes.values())}
+        columns = ("input or output; adapted layer", "dtype; members", "axes; shapes")
+        rows += [
+            (
+                path,
+                layer.signature(),
+                " ".join("×".join(map(str, s)) for op in layer.parts.values() for s in op.shapes.values()),
+            )
+            for path, layer in swappable.slot.layers.items()
+        ]
+        return Inspection(name, "swappable ONNX artifact of trexport", facts | {"verified": True}, columns, rows)
     if artifact.manifest.factored is not None:
         factored = factored_of(artifact)
         paths = Counter(layer.path for layer in factored.plan.values())
-        facts |= {"slots": len(factored.slots), "blank": factored.blank, "adapted_layers": len(factored.plan)}
+        facts |= {"slots": len(factored.slots), "bank": factored.bank, "blank": factored.blank}
+        facts |= {"adapted_layers": len(factored.plan)}
         facts |= {"plan": dict(paths), "plan_for": factored.plan_for, "optimum": dict(factored.optimum)}
         columns = ("input or output; adapted layer", "dtype; path, tokens", "axes; cost of each path, ms")
         rows += [

@@ -10,10 +10,16 @@ Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
 BYTES_OF: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
+TensorDtype = Dtype | Literal["int64"]
+"""What inputs and outputs hold; weights are of a `Dtype`."""
+
 Axis = int | str
 """A fixed size, or the name of an axis that is free."""
 
 FREE_AXES = ("batch_size", "height", "width", "sequence_length")
+
+ADAPTER_INDEX, ADAPTER_STRENGTH = "adapter_index", "adapter_strength"
+"""What a bank takes beside the UNet's inputs: for each sample the place of its adapter, 0 for none, and its strength."""
 
 
 @final
@@ -22,7 +28,7 @@ class TensorSpec:
     """One input or output."""
 
     name: str
-    dtype: Dtype
+    dtype: TensorDtype
     axes: tuple[Axis, ...]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -89,6 +95,14 @@ def unet_spec(config: Mapping[str, Any], dtype: Dtype, sizes: Mapping[str, int] 
         inputs += [TensorSpec("text_embeds", dtype, (batch, text_width)), TensorSpec("time_ids", dtype, (batch, 6))]
     outputs = (TensorSpec("out_sample", dtype, (batch, config["out_channels"], height, width)),)
     return ModelSpec(tuple(inputs), outputs)
+
+
+def banked_spec(spec: ModelSpec) -> ModelSpec:
+    """A UNet's inputs and outputs with a bank of adapters in it: `adapter_index` int64 and `adapter_strength` float32, both
+    (batch,)."""
+    batch = next(tensor for tensor in spec.inputs if tensor.name == "sample").axes[0]
+    added = (TensorSpec(ADAPTER_INDEX, "int64", (batch,)), TensorSpec(ADAPTER_STRENGTH, "fp32", (batch,)))
+    return ModelSpec((*spec.inputs, *added), spec.outputs)
 
 
 def context_width(config: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from trexport.io_spec import Dtype, ModelSpec
 
 MANIFEST_NAME = "trexport.json"
 MANIFEST_VERSION = 1
+MODEL_NAME = "model.onnx"
 _PACKAGES = ("trexport", "torch", "diffusers", "onnx", "onnxscript", "safetensors")
 
 
@@ -49,7 +50,7 @@ class Manifest:
     """See the module."""
 
     kind: Literal["unet", "onnx"]
-    form: Literal["base", "merged", "factored"]
+    form: Literal["base", "merged", "factored", "swappable"]
     dtype: Dtype
     io: ModelSpec
     base: BaseRecord
@@ -63,6 +64,8 @@ class Manifest:
     target_gpu: str | None = None
     factored: Mapping[str, Any] | None = None
     """Of a factored graph, its slots for adapters and its path plan: see `trexport.graph.factored.Factored`."""
+    swappable: Mapping[str, Any] | None = None
+    """Of a swappable artifact, the slot of its `merge.onnx`: see `trexport.graph.swappable.Swappable`."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class Manifest:
             "adapters": [vars(adapter) for adapter in self.adapters],
             "weights_hash": self.weights_hash,
             "factored": self.factored,
+            "swappable": self.swappable,
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -98,7 +102,8 @@ class Manifest:
             opset=fields["opset"],
             opset_reason=fields["opset_reason"],
             target_gpu=fields["target_gpu"],
-            factored=fields.get("factored"),  # manifests before the factored form lack it
+            factored=fields.get("factored"),  # manifests from before these forms lack them
+            swappable=fields.get("swappable"),
             versions=fields["versions"],
         )
 

@@ -38,7 +38,11 @@ class OnnxFile:
     path: Path
     spec: ModelSpec
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    """Fed in every run beside the inputs of `spec`: the cores and strengths of a factored graph."""
+    """Bound in every run, beside the inputs of `spec` or in their stead: the cores and strengths of a factored graph, the
+    weights of a swappable one, the index of a bank. Those that lie on the runner's device are used where they lie, so that
+    who overwrites them changes the next run."""
+    release_memory: bool = False
+    """Give the memory of intermediate results back after every run, where the runtime keeps it for the next one."""
 
 
 Source = TorchModel | OnnxFile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step, TorchModel
-from trexport.errors import ArtifactError, MissingError
+from trexport.errors import ArtifactError, MissingError, RunError
 from trexport.io_spec import ModelSpec
 from trexport.models.unet import DTYPES
 
@@ -18,7 +18,8 @@ _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExe
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
 # what ONNX Runtime says where an operator has no kernel for a precision, the last one on CUDA
 _NO_KERNEL = ("NOT_IMPLEMENTED", "Could not find an implementation", "Provider type for")
-_ELEMENT_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}  # onnx.TensorProto.DataType
+# onnx.TensorProto.DataType
+_ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 
 
 class GraphCaptureError(Exception):
@@ -33,6 +34,7 @@ def open_session(
     sizes: Mapping[str, int] | None = None,
     graph: bool = False,
     nhwc: bool = True,
+    fold_constants: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider of `device`.
 
@@ -41,6 +43,7 @@ def open_session(
         sizes: fixes free axes by name, so that nothing computes shapes at run time.
         graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
         nhwc: convolutions in the layout that tensor cores want, on CUDA; ONNX Runtime's do not take bfloat16.
+        fold_constants: off where the constants are large and what is made of them would be kept beside them.
 
     Raises:
         MissingError: no ONNX Runtime, no such provider in it, or no kernels for the model.
@@ -68,7 +71,12 @@ def open_session(
         provider_options["prefer_nhwc"] = "1" if nhwc else "0"
         provider_options["enable_cuda_graph"] = "1" if graph else "0"
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDERS[device], provider_options)])
+        session = onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=[(_PROVIDERS[device], provider_options)],
+            disabled_optimizers=[] if fold_constants else ["ConstantFolding"],
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         text = str(error)
         if graph and "graph capture" in text:
@@ -85,6 +93,43 @@ def open_session(
             "libraries were not found (import torch first, or install the CUDA and cuDNN versions it was built for)"
         )
     return session
+
+
+def bound_run(
+    session: Any,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    device: Device,
+    *,
+    release_memory: bool = False,
+) -> Callable[[], None]:
+    """A call that runs a session on tensors where they lie; keep them while it may be called. On CUDA it queues the work.
+
+    The call raises `RunError` where ONNX Runtime does not run it.
+    """
+    import onnxruntime
+
+    binding = session.io_binding()
+    for name, tensor in inputs.items():
+        element = _ELEMENT_TYPES[tensor.dtype]
+        binding.bind_input(name, device, 0, element, list(tensor.shape), tensor.data_ptr())
+    for name, tensor in outputs.items():
+        element = _ELEMENT_TYPES[tensor.dtype]
+        binding.bind_output(name, device, 0, element, list(tensor.shape), tensor.data_ptr())
+    options = onnxruntime.RunOptions()
+    if device == "cuda":
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if release_memory:
+        arena = "cpu:0" if device == "cpu" else "gpu:0"
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise RunError(f"onnxruntime did not run the model: {str(error).strip()}") from error
+
+    return run
 
 
 def write_adapter_file(path: Path, tensors: Mapping[str, Tensor], model_version: int) -> None:
@@ -128,6 +173,7 @@ class _OnnxRuntimeRunner(Runner):
         self.spec = source.spec
         self.device = device
         self._path = str(source.path)
+        self._release_memory = source.release_memory
         self._constants = {name: tensor.to(device).contiguous() for name, tensor in source.constants.items()}
         self._nhwc = all(tensor.dtype != "bf16" for tensor in source.spec.inputs)
         self._session: Any = open_session(self._path, device, nhwc=self._nhwc)
@@ -167,38 +213,25 @@ class _OnnxRuntimeRunner(Runner):
         self._session = None
 
     def _bind(self, session: Any, feeds: Mapping[str, Tensor]) -> Step:
-        import onnxruntime
-
         inputs = {
             spec.name: feeds[spec.name].to(self.device, DTYPES[spec.dtype], copy=True).contiguous()
             for spec in self.spec.inputs
+            if spec.name not in self._constants
         }
         sizes = sizes_of(self.spec, inputs)
         outputs = {
             spec.name: torch.empty(spec.shape(sizes), dtype=DTYPES[spec.dtype], device=self.device)
             for spec in self.spec.outputs
         }
-        binding = session.io_binding()
-        for name, tensor in [*inputs.items(), *self._constants.items()]:
-            element = _ELEMENT_TYPES[tensor.dtype]
-            binding.bind_input(name, self.device, 0, element, list(tensor.shape), tensor.data_ptr())
-        for name, tensor in outputs.items():
-            element = _ELEMENT_TYPES[tensor.dtype]
-            binding.bind_output(name, self.device, 0, element, list(tensor.shape), tensor.data_ptr())
-        options = onnxruntime.RunOptions()
-        if self.device == "cuda":
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-
-        def run() -> None:
-            session.run_with_iobinding(binding, options)
-
+        fed = inputs | self._constants
+        run = bound_run(session, fed, outputs, self.device, release_memory=self._release_memory)
         return Step(run, inputs, outputs)
 
 
 def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of the free axes, read off the inputs."""
+    """The sizes of the free axes, read off the inputs that are fed."""
     sizes: dict[str, int] = {}
-    for tensor in spec.inputs:
+    for tensor in [tensor for tensor in spec.inputs if tensor.name in feeds]:
         for axis, size in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
             if isinstance(axis, str):
                 sizes[axis] = size

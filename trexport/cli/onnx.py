@@ -40,7 +40,14 @@ def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option(
     "--factored", is_flag=True, help="Keep adapters factored: operators of domain ai.trlora, cores as inputs."
 )
-@click.option("--blank", is_flag=True, help="With --factored: only the adapters' shapes; unfed, the model is the base.")
+@click.option("--swappable", is_flag=True, help="Keep adapters out: weights that a second model, merge.onnx, computes.")
+@click.option(
+    "--bank",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Factored: room for K adapters, of which each sample takes its own.",
+)
+@click.option("--blank", is_flag=True, help="Only the adapters' shapes; unfed, the model is the base.")
 @click.option(
     "--path", type=click.Choice(["activations", "dense", "weight"]), help="Factored: force one; planned if not given."
 )
@@ -67,6 +74,8 @@ def command(
     dtype: Dtype,
     opset: int | None,
     factored: bool,
+    swappable: bool,
+    bank: int | None,
     blank: bool,
     path: PathName | None,
     plan_for: str,
@@ -81,31 +90,46 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Export a UNet to ONNX, with adapters merged into its weights, or kept factored.
+    """Export a UNet to ONNX, with adapters merged into its weights, kept factored, or swappable.
 
     Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
     PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
 
     With --factored, each adapted layer is one operator of domain ai.trlora, a function of plain operators that every
-    runtime takes. Cores and strength are initialisers that may be fed: see `trexport adapter`.
+    runtime takes. Cores and strength are initialisers that may be fed: see `trexport adapter`. With --bank K, cores of K
+    adapters are stacked, and the inputs adapter_index (0: none) and adapter_strength choose one for each sample.
+
+    With --swappable, the adapted weights may be fed, and merge.onnx computes them from adapters of the given ones' shapes:
+    a step costs what the merged model's does. trexport.session.Session serves all of these.
     """
     from trexport.cli.console import gigabytes, print_json, progress_for
     from trexport.cli.show import show_plan
     from trexport.errors import UsageError
     from trexport.graph.export import ExportOptions, export_onnx, free_or_fixed, plan_export
     from trexport.graph.factored import FactoredOptions
+    from trexport.graph.swappable import SwappableOptions
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
 
-    given = {"--blank": blank, "--path": path, "--optimum": optimum}
+    given = {"--bank": bank, "--path": path, "--optimum": optimum}
     if not factored and any(given.values()):
         raise UsageError(f"{next(name for name, value in given.items() if value)} goes with --factored")
+    if factored and swappable:
+        raise UsageError("--factored and --swappable are two forms; choose one")
+    if blank and not (factored or swappable):
+        raise UsageError("--blank goes with --factored or --swappable")
     opened = open_base(base, revision=revision, variant=variant)
     bound = open_adapters(adapters, opened)
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     fixed = free_or_fixed(sizes, static=static, config=opened.config)
-    kept = FactoredOptions(blank=blank, path=path, plan_for=plan_for) if factored else None
-    options = ExportOptions(dtype=dtype, opset=opset, fixed=fixed, factored=kept, optimum=optimum)
+    options = ExportOptions(
+        dtype=dtype,
+        opset=opset,
+        fixed=fixed,
+        factored=FactoredOptions(blank=blank, path=path, bank=bank, plan_for=plan_for) if factored else None,
+        swappable=SwappableOptions(blank=blank) if swappable else None,
+        optimum=optimum,
+    )
     plan = plan_export(opened, bound, out, options, overwrite=overwrite)
     if dry_run:
         if as_json:

@@ -17,7 +17,8 @@ def show_parity(report: ParityReport) -> None:
     """The table of `trexport validate`."""
     rows = [
         (
-            f"step t={step.timestep:g}, seed {step.seed}, {'×'.join(map(str, step.sizes.values()))}",
+            f"step t={step.timestep:g}, seed {step.seed}, {'×'.join(map(str, step.sizes.values()))}"
+            + (f", {step.who}" if step.who else ""),
             f"{step.max_abs:.2e}",
             f"{step.relative_l2:.2e}",
             f"{1 - step.cosine:.1e}",

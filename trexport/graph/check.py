@@ -8,12 +8,13 @@ from pathlib import Path
 import onnx
 
 from trexport.errors import ArtifactError, ExportError
-from trexport.io_spec import Dtype, ModelSpec, TensorSpec
+from trexport.io_spec import ModelSpec, TensorDtype, TensorSpec
 
-_ONNX_DTYPES: dict[Dtype, int] = {
+_ONNX_DTYPES: dict[TensorDtype, int] = {
     "fp32": onnx.TensorProto.FLOAT,
     "fp16": onnx.TensorProto.FLOAT16,
     "bf16": onnx.TensorProto.BFLOAT16,
+    "int64": onnx.TensorProto.INT64,
 }
 
 
@@ -52,8 +53,8 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def spec_of_graph(model: onnx.ModelProto) -> ModelSpec:
-    """The inputs and outputs of an ONNX model; dtypes other than float16 and bfloat16 count as fp32."""
-    short: dict[int, Dtype] = {number: dtype for dtype, number in _ONNX_DTYPES.items()}
+    """The inputs and outputs of an ONNX model; dtypes that `TensorSpec` does not know count as fp32."""
+    short: dict[int, TensorDtype] = {number: dtype for dtype, number in _ONNX_DTYPES.items()}
     initializers = {initializer.name for initializer in model.graph.initializer}
 
     def read(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -24,16 +24,17 @@ from trexport.graph.opset import OpsetChoice, choose_opset
 from trexport.graph.passes.factor import factor
 from trexport.graph.passes.fold import fold
 from trexport.graph.passes.metadata import metadata
+from trexport.graph.passes.swap import swap
+from trexport.graph.swappable import Swappable, SwappableOptions, plan_swappable, save_merge_model
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, FREE_AXES, Dtype, ModelSpec, default_sizes, downscale_of, unet_spec
-from trexport.manifest import BaseRecord, Manifest, package_versions
+from trexport.io_spec import BYTES_OF, FREE_AXES, Dtype, ModelSpec, banked_spec, default_sizes, downscale_of, unet_spec
+from trexport.manifest import MODEL_NAME, BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.models.unet import call_arguments, load_unet, merge_into_, random_feeds
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
 
-MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx_data"
 UNET_FOLDER = "unet"
 
@@ -49,7 +50,9 @@ class ExportOptions:
     fixed: Mapping[str, int] | None = None
     """Axes to fix, by name (see `trexport.io_spec.FREE_AXES`); the others stay free. None leaves all free."""
     factored: FactoredOptions | None = None
-    """Keep the adapters factored, as operators of domain `ai.trlora`. None merges them."""
+    """Keep the adapters factored, as operators of domain `ai.trlora`."""
+    swappable: SwappableOptions | None = None
+    """Keep them out, in weights that a second model computes. Without this and `factored` they are merged."""
     optimum: Mapping[str, int] | None = None
     """Sizes that free axes will mostly have, for the factored form's plan; the UNet's own where not given."""
 
@@ -66,6 +69,7 @@ class ExportPlan:
     size_bytes: int
     """Of the weights."""
     factored: Factored | None = None
+    swappable: Swappable | None = None
 
 
 def export_onnx(
@@ -78,7 +82,7 @@ def export_onnx(
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write `OUT/unet/model.onnx`, `model.onnx_data` and `config.json`, and `OUT/trexport.json`, with the adapters merged
-    in, or kept factored; names and layout are optimum's.
+    in, kept factored, or swappable (then with `merge.onnx` beside the model); names and layout are optimum's.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is not set.
@@ -87,21 +91,26 @@ def export_onnx(
     """
     options = options or ExportOptions()
     plan = plan_export(base, adapters, out, options, overwrite=overwrite)
-    choice, spec = plan.choice, plan.spec
+    choice, spec, kept = plan.choice, plan.spec, plan.factored or plan.swappable
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.content_hash)
         model = load_unet(base, options.dtype, progress=progress)
-        if plan.factored is None:
+        if kept is None:
             merge_into_(model, adapters, progress=progress)
         with progress.task("export"):
             graph = _export(model, spec, plan.sizes, choice)
             if plan.factored is not None:
                 tensors = default_tensors(plan.factored, adapters)
-                factor(graph, plan.factored.slots, tensors, plan.factored.plan, options.dtype)
+                factor(graph, plan.factored.slots, tensors, plan.factored.plan, options.dtype, plan.factored.bank)
+                spec = banked_spec(spec) if plan.factored.bank is not None else spec
+            if plan.swappable is not None:
+                swap(graph, plan.swappable.slot.layers)
         unet = folder / UNET_FOLDER
         unet.mkdir()
         with progress.task("save", base.size_bytes) as task:
             _save(graph, unet, lambda written: task.advance(written))
+            if plan.swappable is not None:
+                save_merge_model(unet / MODEL_NAME, plan.swappable.slot, options.dtype, choice.opset)
         names = [name for name, _ in model.named_parameters()]
         check_model(unet / MODEL_NAME, spec, names)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
@@ -111,13 +120,14 @@ def export_onnx(
             files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(unet.iterdir())}
         manifest = Manifest(
             kind="onnx",
-            form="factored" if plan.factored else "merged" if adapters else "base",
+            form="factored" if plan.factored else "swappable" if plan.swappable else "merged" if adapters else "base",
             dtype=options.dtype,
             io=spec,
             base=BaseRecord(base.name, base_hash.result()),
-            adapters=() if plan.factored and plan.factored.blank else tuple(a.record() for a in adapters),
+            adapters=() if kept is not None and kept.blank else tuple(adapter.record() for adapter in adapters),
             files=files,
             factored=plan.factored.to_dict() if plan.factored else None,
+            swappable=plan.swappable.to_dict() if plan.swappable else None,
             opset=choice.opset,
             opset_reason=choice.reason,
             versions=package_versions(),
@@ -136,6 +146,10 @@ def plan_export(
     size_bytes = sum(math.prod(shape) for shape in base.shapes().values()) * BYTES_OF[options.dtype]
     check_disk(out, size_bytes)
     spec = unet_spec(base.config, options.dtype, options.fixed)
+    if options.swappable is not None:
+        if options.factored is not None:
+            raise UsageError("factored and swappable are two forms; choose one")
+        return ExportPlan(choice, spec, sizes, size_bytes, swappable=plan_swappable(adapters, options.swappable))
     if options.factored is None:
         return ExportPlan(choice, spec, sizes, size_bytes)
     optimum = sizes | check_sizes(base.config, {**(options.optimum or {}), **(options.fixed or {})})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trexport.errors import UsageError
 from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
-from trexport.graph.ops.slots import Slot, slots_for
+from trexport.graph.ops.slots import Slot, joined_slot, slots_for, stacked
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.models.unet import rows_of_layers
@@ -25,6 +25,9 @@ class FactoredOptions:
     """Take the adapters' shapes only: identity, zero and strength 1 are the defaults, and the model is the base."""
     path: Path | None = None
     """Compute every layer this way; None plans each."""
+    bank: int | None = None
+    """Places for so many adapters in one graph, of which every sample of a batch takes its own; None for adapters that all
+    samples share."""
     plan_for: str = "cpu"
     """The device whose costs the plan weighs, of `trexport.graph.ops.plan.COST_MODELS`."""
 
@@ -35,15 +38,19 @@ class Factored:
     """What a factored graph takes, and how it computes."""
 
     slots: Sequence[Slot]
+    """One for each adapter at once; of a bank the only one, which is that of every place."""
     plan: Mapping[str, LayerPlan]
     optimum: Mapping[str, int]
     """The sizes that the plan is made for."""
     plan_for: str
     blank: bool
+    bank: int | None = None
+    """The places of a bank. Its tensors are stacked along a first axis of so many."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "blank": self.blank,
+            "bank": self.bank,
             "plan_for": self.plan_for,
             "optimum": dict(self.optimum),
             "plan": {path: layer.to_dict() for path, layer in self.plan.items()},
@@ -55,7 +62,7 @@ class Factored:
         """Raises `KeyError` or `TypeError` for what `to_dict` never wrote."""
         plan = {path: LayerPlan.from_dict(layer) for path, layer in fields["plan"].items()}
         slots = [Slot.from_dict(slot) for slot in fields["slots"]]
-        return cls(slots, plan, fields["optimum"], fields["plan_for"], fields["blank"])
+        return cls(slots, plan, fields["optimum"], fields["plan_for"], fields["blank"], fields.get("bank"))
 
 
 def plan_factored(
@@ -67,13 +74,17 @@ def plan_factored(
         optimum: sizes of all free axes.
 
     Raises:
-        UsageError: no adapter given, or an unknown `plan_for`.
+        UsageError: no adapter given, more than a bank holds, or an unknown `plan_for`.
+        ArtifactError: adapters that cannot share a bank.
     """
     if not adapters:
         raise UsageError("--factored needs an adapter, for its shapes: give one (random:tlora:2:6 has any), --blank it")
     if options.plan_for not in COST_MODELS:
         raise UsageError(f"no cost model {options.plan_for!r}, expected one of {sorted(COST_MODELS)}")
-    slots = slots_for([adapter.layers for adapter in adapters])
+    if options.bank is not None and not 1 <= len(adapters) <= options.bank:
+        raise UsageError(f"{len(adapters)} adapters given for a bank of {options.bank}; give --bank {len(adapters)}")
+    given = [adapter.layers for adapter in adapters]
+    slots = slots_for(given) if options.bank is None else [joined_slot(given)]
     shapes = base.linear_shapes()
     paths = [path for path in shapes if any(path in slot.layers for slot in slots)]
     rows = rows_of_layers(base, optimum, paths)
@@ -81,20 +92,28 @@ def plan_factored(
     plan = {}
     for path in paths:
         on_layer = [slot.layers[path] for slot in slots if path in slot.layers]
-        plan[path] = plan_layer(on_layer, shapes[path], rows[path], model, options.path)
-    return Factored(slots, plan, dict(optimum), options.plan_for, options.blank)
+        samples = 1 if options.bank is None else optimum["batch_size"]
+        plan[path] = plan_layer(on_layer, shapes[path], rows[path], model, options.path, samples)
+    return Factored(slots, plan, dict(optimum), options.plan_for, options.blank, options.bank)
 
 
-def tensors_of(slots: Sequence[Slot], adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
+def tensors_of(factored: Factored, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
     """The graph's inputs for adapters, the k-th in the k-th slot; slots that are left are at strength zero.
+
+    Of a bank, the stacks with the k-th adapter in the k-th place (which `adapter_index` calls k + 1), neutral places after
+    them; strengths are not in it.
 
     Raises:
         UsageError: more adapters than slots.
         ArtifactError: an adapter does not fit its slot.
     """
-    if len(adapters) > len(slots):
-        raise UsageError(f"{len(adapters)} adapters given, the graph takes {len(slots)} at once")
+    slots, bank = factored.slots, factored.bank
+    if len(adapters) > (bank or len(slots)):
+        raise UsageError(f"{len(adapters)} adapters given, the graph takes {bank or len(slots)} at once")
     tensors: dict[str, Tensor] = {}
+    if bank is not None:
+        (slot,) = slots
+        return stacked(slot, [slot.tensors(a.layers, a.strength, a.name) for a in adapters], bank)
     for number, slot in enumerate(slots):
         if number < len(adapters):
             adapter = adapters[number]
@@ -107,7 +126,9 @@ def tensors_of(slots: Sequence[Slot], adapters: Sequence[BoundAdapter]) -> dict[
 def default_tensors(factored: Factored, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
     """What the graph holds where nothing is fed."""
     if not factored.blank:
-        return tensors_of(factored.slots, adapters)
+        return tensors_of(factored, adapters)
+    if factored.bank is not None:
+        return stacked(factored.slots[0], [], factored.bank)
     tensors: dict[str, Tensor] = {}
     for slot in factored.slots:
         tensors |= slot.neutral()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trexport.errors import BaseError
-from trexport.io_spec import Dtype, ModelSpec, unet_spec
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, TensorDtype, unet_spec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
@@ -20,7 +20,12 @@ from trlora.errors import nearest
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[TensorDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+}
 
 
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
@@ -140,7 +145,8 @@ def call_arguments(feeds: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dic
 def random_feeds(
     spec: ModelSpec, sizes: Mapping[str, int], *, seed: int = 0, timestep: float = 500.0
 ) -> dict[str, Tensor]:
-    """Inputs for one step, N(0, 1) but for the timestep, made in float32 and cast, so that every precision sees the same.
+    """Inputs for one step, N(0, 1) but for the timestep, made in float32 and cast, so that every precision sees the same. A
+    bank gets no adapter for any sample.
 
     Args:
         spec: the model's inputs.
@@ -151,6 +157,10 @@ def random_feeds(
     for tensor in spec.inputs:
         if tensor.name == "timestep":
             feeds[tensor.name] = torch.tensor(float(timestep))
+        elif tensor.name == ADAPTER_INDEX:
+            feeds[tensor.name] = torch.zeros(tensor.shape(sizes), dtype=torch.int64)
+        elif tensor.name == ADAPTER_STRENGTH:
+            feeds[tensor.name] = torch.ones(tensor.shape(sizes))
         elif tensor.name == "time_ids":  # original size, crop, target size in pixels
             ids = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0])
             feeds[tensor.name] = ids.expand(tensor.shape(sizes)).to(DTYPES[tensor.dtype]).contiguous()

@@ -27,15 +27,34 @@ class Reference:
         attach_all_(self._model, adapters)
         self._model.to(device)
         self._device = device
+        self.strengths = [adapter.strength for adapter in adapters]
         self._strengths = {f"adapter{index}": adapter.strength for index, adapter in enumerate(adapters)}
 
     def adapted(self, feeds: Mapping[str, Tensor]) -> Tensor:
-        """One step with the adapters, float32 on the CPU."""
+        """One step with all the adapters, float32 on the CPU."""
         return self._run(feeds)
 
     def plain(self, feeds: Mapping[str, Tensor]) -> Tensor:
         """One step without them."""
-        set_strengths_(self._model, dict.fromkeys(self._strengths, 0.0))
+        return self._only(None, feeds)
+
+    def mixed(self, feeds: Mapping[str, Tensor], chosen: Sequence[int | None]) -> Tensor:
+        """Every sample drawn alone, with one of the adapters.
+
+        Args:
+            chosen: for each sample the number of its adapter, from 0; None for the base.
+        """
+        if len(set(chosen)) == 1:
+            return self._only(chosen[0], feeds)
+        rows = []
+        for row, number in enumerate(chosen):
+            alone = {name: tensor[row : row + 1] if tensor.dim() else tensor for name, tensor in feeds.items()}
+            rows.append(self._only(number, alone))
+        return torch.cat(rows)
+
+    def _only(self, number: int | None, feeds: Mapping[str, Tensor]) -> Tensor:
+        only = {name: s if name == f"adapter{number}" else 0.0 for name, s in self._strengths.items()}
+        set_strengths_(self._model, only)
         try:
             return self._run(feeds)
         finally:

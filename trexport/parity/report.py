@@ -26,6 +26,8 @@ class StepParity:
     """How far the adapters move the reference: `‖adapted − base‖ / ‖base‖`."""
     distance_to_base: float
     """How far the artifact is from the base without adapters, measured the same way."""
+    who: str = ""
+    """Of a bank: the adapter that all samples took, or `each its own`."""
 
 
 @final

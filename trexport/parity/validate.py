@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
 from trexport.backends import BACKENDS, Device, OnnxFile, Runner, TorchModel
 from trexport.errors import TrexportError
-from trexport.graph.factored import tensors_of
-from trexport.io_spec import FREE_AXES, ModelSpec, default_sizes, downscale_of
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, ModelSpec, default_sizes, downscale_of
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.diffusion import Denoising
@@ -26,6 +26,7 @@ from trexport.parity.reference import Reference
 from trexport.parity.report import FirstDeviation, ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES, Tolerance
 from trexport.progress import SILENT, Progress
+from trexport.session import fed_tensors
 
 _LEAST_EFFECT = 1e-4
 """An adapter that moves the output less than this, relative, cannot be seen in a picture of 8 bits."""
@@ -60,7 +61,8 @@ def validate(
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
-    whole trajectory. A factored artifact is fed the adapters. Inputs are rounded to the artifact's precision first, so that
+    whole trajectory. A blank or swappable artifact is fed the adapters; of a bank, every adapter is checked alone, and
+    all in one batch, each sample against its own picture. Inputs are rounded to the artifact's precision first, so that
     both see the same.
 
     It fails where an error leaves its tolerance, where anything is NaN or Inf, and where the adapters do not move the
@@ -76,39 +78,52 @@ def validate(
     sample = sample_of(base, options.trajectory_steps or None)
     backend = BACKENDS["onnxruntime" if manifest.kind == "onnx" else "torch"]
     if manifest.kind == "onnx":
-        fed = tensors_of(factored_of(artifact).slots, adapters) if manifest.factored is not None and adapters else {}
+        # what the graph holds of itself is proved as it is; only what it lacks is fed
+        holds = not artifact.blank and manifest.swappable is None
+        fed = {} if holds else fed_tensors(artifact, adapters, device)
         source: OnnxFile | TorchModel = OnnxFile(artifact.onnx_path, manifest.io, fed)
     else:
         source = TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
     shapes = _shapes(manifest.io, base, sample, options.sizes)
-    has_effect = any(adapter.strength for adapter in adapters)
+    whos = _whos(artifact, adapters)
     steps: list[StepParity] = []
     trajectory: TrajectoryParity | None = None
     with backend.load(source, device) as runner:
         cases = [
-            (sizes, timestep, seed)
+            (who, who.sizes(sizes, manifest.io), timestep, seed)
+            for number, who in enumerate(whos)
             for index, sizes in enumerate(shapes)
-            # the first shape is checked in full, the others for what a shape can break
-            for timestep in (options.timesteps if index == 0 else options.timesteps[:1])
-            for seed in (options.seeds if index == 0 else options.seeds[:1])
+            # the first shape is checked in full, the others for what a shape can break; so is the first adapter of a bank
+            for timestep in (options.timesteps if index == number == 0 else options.timesteps[:1])
+            for seed in (options.seeds if index == number == 0 else options.seeds[:1])
         ]
         with progress.task("validate", len(cases)) as task:
-            for sizes, timestep, seed in cases:
+            for who, sizes, timestep, seed in cases:
                 feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                steps.append(_compare_step(runner, reference, feeds, sizes, timestep, seed))
+                steps.append(_compare_step(runner, reference, feeds, sizes, timestep, seed, who))
                 task.advance(1)
         if options.trajectory_steps:
             denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
-            trajectory = _compare_trajectory(
-                runner, reference, denoising, _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0), progress
-            )
-    failures = judge(steps, trajectory, tolerance, adapted=bool(adapters), has_effect=has_effect)
+            feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
+            trajectory = _compare_trajectory(runner, reference, denoising, feeds, whos[0], progress)
+    failures: list[str] = []
+    for number, who in enumerate(whos):
+        own = [step for step in steps if step.who == who.label]
+        has_effect = any(adapter.strength for adapter in who.among(adapters))
+        found = judge(
+            own,
+            trajectory if number == 0 else None,
+            tolerance,
+            adapted=bool(who.among(adapters)),
+            has_effect=has_effect,
+        )
+        failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
     if failures and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
-        elif manifest.factored is not None and manifest.factored["blank"] and adapters:
+        elif (artifact.blank and adapters) or manifest.swappable is not None or whos[0].chosen is not None:
             note = "the first wrong tensor is looked for in models that hold their adapters, not where they are fed"
         else:
             with progress.task("locate"):
@@ -125,6 +140,48 @@ def validate(
         first_deviation=deviation,
         location_note=note,
     )
+
+
+@final
+@dataclass(frozen=True)
+class _Who:
+    """Whose pictures are drawn."""
+
+    label: str
+    chosen: Sequence[int | None] | None
+    """Of a bank, the numbers of adapters, from 0, that samples take in turn; None for every other form: all at once."""
+
+    def numbers(self, batch: int) -> list[int | None] | None:
+        """An adapter for each sample."""
+        return None if self.chosen is None else [self.chosen[row % len(self.chosen)] for row in range(batch)]
+
+    def sizes(self, sizes: dict[str, int], io: ModelSpec) -> dict[str, int]:
+        """Sizes that have room for every adapter in one batch, where the batch is free."""
+        if self.chosen is None or "batch_size" not in io.free_axes:
+            return sizes
+        return sizes | {"batch_size": max(sizes["batch_size"], min(len(self.chosen), 63))}
+
+    def among(self, adapters: Sequence[BoundAdapter]) -> list[BoundAdapter]:
+        """The adapters that it draws with."""
+        return list(adapters) if self.chosen is None else [adapters[n] for n in self.chosen if n is not None]
+
+    def feeds(self, batch: int, adapters: Sequence[float]) -> dict[str, Tensor]:
+        """The bank's index and strengths, none for other forms."""
+        numbers = self.numbers(batch)
+        if numbers is None:
+            return {}
+        strengths = [1.0 if number is None else adapters[number] for number in numbers]
+        index = [0 if number is None else number + 1 for number in numbers]
+        return {ADAPTER_INDEX: torch.tensor(index), ADAPTER_STRENGTH: torch.tensor(strengths)}
+
+
+def _whos(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[_Who]:
+    """Of a bank every adapter alone, and all of them and the base in one batch; otherwise the adapters together."""
+    if artifact.manifest.factored is None or factored_of(artifact).bank is None:
+        return [_Who("", None)]
+    alone = [_Who(adapter.name, [number]) for number, adapter in enumerate(adapters)]
+    turns: list[int | None] = [*range(len(adapters)), None]
+    return [*alone, _Who("each its own", turns)] if adapters else [_Who("base", [None])]
 
 
 def judge(
@@ -219,31 +276,50 @@ def _compare_step(
     sizes: dict[str, int],
     timestep: float,
     seed: int,
+    who: _Who,
 ) -> StepParity:
-    found = runner(feeds)["out_sample"].float().cpu()
-    expected, plain = reference.adapted(feeds), reference.plain(feeds)
+    found = runner({**feeds, **who.feeds(sizes["batch_size"], reference.strengths)})["out_sample"].float().cpu()
+    expected, plain = _expected(reference, who, feeds), reference.plain(feeds)
     error = max_abs(found, expected)
+    # of a mixed batch the worst sample counts, not their mean
+    rows = range(len(found)) if who.chosen is not None else [slice(None)]
     return StepParity(
         sizes=sizes,
         timestep=timestep,
         seed=seed,
         max_abs=error,
         max_abs_ratio=error / max(expected.abs().max().item(), 1e-30),
-        relative_l2=relative_l2(found, expected),
+        relative_l2=max((relative_l2(found[row], expected[row]) for row in rows), key=lambda e: (e != e, e)),
         cosine=cosine(found, expected),
         effect=relative_l2(expected, plain),
         distance_to_base=relative_l2(found, plain),
+        who=who.label,
     )
 
 
+def _expected(reference: Reference, who: _Who, feeds: Mapping[str, Tensor]) -> Tensor:
+    numbers = who.numbers(feeds["sample"].shape[0])
+    return reference.adapted(feeds) if numbers is None else reference.mixed(feeds, numbers)
+
+
 def _compare_trajectory(
-    runner: Runner, reference: Reference, denoising: Denoising, feeds: Mapping[str, Tensor], progress: Progress
+    runner: Runner,
+    reference: Reference,
+    denoising: Denoising,
+    feeds: Mapping[str, Tensor],
+    who: _Who,
+    progress: Progress,
 ) -> TrajectoryParity:
     given = {name: tensor for name, tensor in feeds.items() if name not in ("sample", "timestep")}
+    given = {name: tensor for name, tensor in given.items() if name not in (ADAPTER_INDEX, ADAPTER_STRENGTH)}
     noise = feeds["sample"].float()
-    found = denoising.run(lambda f: runner(f)["out_sample"].cpu(), noise, given, progress=progress)
+
+    def run(f: Mapping[str, Tensor]) -> Tensor:
+        return runner({**f, **who.feeds(f["sample"].shape[0], reference.strengths)})["out_sample"].cpu()
+
+    found = denoising.run(run, noise, given, progress=progress)
     wide = {name: tensor.float() for name, tensor in given.items()}
-    expected = denoising.run(reference.adapted, noise, wide, progress=progress)
+    expected = denoising.run(lambda f: _expected(reference, who, f), noise, wide, progress=progress)
     plain = denoising.run(reference.plain, noise, wide, progress=progress)
     return TrajectoryParity(
         steps=denoising.steps,

@@ -31,6 +31,10 @@ class AbstractResidual(nn.Module, ABC):
     def delta(self) -> Tensor:
         """The dense Δ, `(out_features, in_features)`."""
 
+    @abstractmethod
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """L `(out_features, r)` and R `(in_features, r)` with `Δ = L·Rᵀ` exactly, r no greater than the form needs."""
+
 
 class ResidualSpec(Protocol):
     """How a residual is described, built, and read back. One frozen dataclass beside each member implements it."""

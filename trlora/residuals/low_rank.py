@@ -46,6 +46,9 @@ class LowRankResidual(AbstractResidual):
     def delta(self) -> Tensor:
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.lora_B.weight * self.scaling, self.lora_A.weight.T
+
 
 @final
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class NoResidual(AbstractResidual):
     def delta(self) -> Tensor:
         return torch.zeros(self.out_features, self.in_features)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(self.out_features, 0), torch.zeros(self.in_features, 0)
+
 
 @final
 @dataclass(frozen=True)

@@ -21,41 +21,76 @@ class MemberOp(ABC):
     type: ClassVar[str]
     """As in a checkpoint's config."""
 
+    universal: ClassVar[bool] = False
+    """Whether it takes every member of its family, exactly, and not only those of its own type."""
+
     shapes: Mapping[str, tuple[int, ...]]
     """By name, as a checkpoint names them below `transform.` or `residual.`."""
 
     @classmethod
-    @abstractmethod
     def of(cls, member: Any) -> Self:
         """The op that a trained member of trlora needs."""
+        return cls({name: tuple(tensor.shape) for name, tensor in cls.values(member).items()})
+
+    @staticmethod
+    @abstractmethod
+    def values(member: Any) -> dict[str, Tensor]:
+        """A trained member's own tensors, float32, under the names that the graph has for them."""
+
+    @property
+    @abstractmethod
+    def fixed(self) -> Any:
+        """What of the shapes must agree: all but the ranks, which may be padded with zeros without changing anything."""
 
     @abstractmethod
     def neutral(self) -> dict[str, Tensor]:
         """Float32 tensors with which this member changes nothing, to the last bit."""
 
     @abstractmethod
+    def signature(self) -> str:
+        """A short name for it, part of the function's name."""
+
     def tensors(self, member: Any) -> dict[str, Tensor]:
         """A trained member's tensors, float32, padded exactly where its ranks are lower.
 
         Raises:
             ArtifactError: its modes differ, or its ranks are greater.
         """
+        found = self.values(member)
+        needed = self.of(member)
+        if needed.shapes.keys() != self.shapes.keys() or needed.fixed != self.fixed:
+            raise self._does_not_fit(needed)
+        try:
+            return {name: pad(tensor, self.shapes[name]) for name, tensor in found.items()}
+        except ValueError:
+            raise self._does_not_fit(needed) from None
 
-    @abstractmethod
-    def signature(self) -> str:
-        """A short name for it, part of the function's name."""
+    def joined(self, other: MemberOp) -> Self:
+        """The smallest op of this type that takes what either takes.
 
-    def does_not_fit(self, found: Mapping[str, Tensor]) -> ArtifactError:
-        """The refusal of a member with tensors `found`."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        return ArtifactError(f"a {self.type!r} member of shapes {shapes}, the graph takes {dict(self.shapes)}")
+        Raises:
+            ArtifactError: there is none.
+        """
+        if type(self) is not type(other) or self.shapes.keys() != other.shapes.keys() or self.fixed != other.fixed:
+            raise ArtifactError(
+                f"a {self.type!r} member of shapes {dict(self.shapes)} and a {other.type!r} one of shapes "
+                f"{dict(other.shapes)} have no common shape"
+            )
+        pairs = {name: zip(shape, other.shapes[name], strict=True) for name, shape in self.shapes.items()}
+        return type(self)({name: tuple(max(a, b) for a, b in pair) for name, pair in pairs.items()})
+
+    def _does_not_fit(self, needed: MemberOp) -> ArtifactError:
+        return ArtifactError(
+            f"a {self.type!r} member of shapes {dict(needed.shapes)}, the graph takes {dict(self.shapes)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
 
 
 class TransformOp(MemberOp):
-    """T of one layer. `values` below are this op's inputs in the order of `shapes`."""
+    """T of one layer. `values` below are this op's inputs in the order of `shapes`; where the body is stacked, each with a
+    leading axis, and so are the results: (stack, rows, features)."""
 
     @abstractmethod
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
@@ -77,9 +112,14 @@ class ResidualOp(MemberOp):
     @abstractmethod
     def rank(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def features(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
     @abstractmethod
     def factors(self, body: Body, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """R (in, r) and L (out, r) with `Δ = L·Rᵀ`, in the model's precision."""
+        """R (in, r) and L (out, r) with `Δ = L·Rᵀ`, in the model's precision; with a leading axis in a stacked body."""
 
 
 def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,27 +22,24 @@ class BlockOrthogonalOp(TransformOp):
 
     type: ClassVar[str] = "block_orthogonal"
 
-    @classmethod
-    def of(cls, member: BlockOrthogonalTransform) -> Self:
-        size = member.block_size
-        return cls({"blocks": (member.features // size, size, size)})
+    @staticmethod
+    def values(member: BlockOrthogonalTransform) -> dict[str, Tensor]:
+        wide = BlockOrthogonalTransform(member.skew.detach().double(), member.block_size)
+        return {"blocks": wide.blocks().detach().float()}
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        return self.shapes["blocks"]
 
     def neutral(self) -> dict[str, Tensor]:
         count, size, _ = self.shapes["blocks"]
         return {"blocks": torch.eye(size).expand(count, size, size).contiguous()}
 
-    def tensors(self, member: BlockOrthogonalTransform) -> dict[str, Tensor]:
-        wide = BlockOrthogonalTransform(member.skew.detach().double(), member.block_size)
-        found = {"blocks": wide.blocks().detach().float()}
-        if tuple(found["blocks"].shape) != self.shapes["blocks"]:
-            raise self.does_not_fit(found)
-        return found
-
     def signature(self) -> str:
         return f"BlockOrthogonal{self.shapes['blocks'][1]}"
 
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
-        return self._blocked(body, x, rank, body.transpose(values[0], [0, 2, 1]))
+        return self._blocked(body, x, rank, body.turn(values[0], [0, 2, 1]))
 
     def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
         return self._blocked(body, weight, 2, values[0])
@@ -54,4 +51,6 @@ class BlockOrthogonalOp(TransformOp):
     def _blocked(self, body: Body, value: ir.Value, rank: int, blocks: ir.Value) -> ir.Value:
         count, size, _ = self.shapes["blocks"]
         parted = body.reshape(value, batched(rank, [count, 1, size]))
+        if body.stacked:  # (stack, rows, blocks, 1, b)
+            blocks, rank = body.fold(blocks, [1, count, size, size]), 3
         return body.reshape(body.matmul(parted, body.narrow(blocks)), batched(rank, [count * size]))

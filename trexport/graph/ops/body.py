@@ -20,10 +20,15 @@ ONNX_DTYPES: dict[Dtype, ir.DataType] = {
 @final
 class Body:
     """The nodes of a function under construction. Cores and strengths are float32; `narrow` casts what meets activations
-    or weights to the model's precision."""
+    or weights to the model's precision.
 
-    def __init__(self, dtype: Dtype) -> None:
+    In a `stacked` body cores have a leading axis, of as many adapters as are fed: one a sample, or several to be summed.
+    `turn` and `fold` take the orders and shapes of one adapter and leave that axis alone.
+    """
+
+    def __init__(self, dtype: Dtype, *, stacked: bool = False) -> None:
         self.dtype: Dtype = dtype
+        self.stacked = stacked
         self.nodes: list[ir.Node] = []
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
@@ -43,6 +48,14 @@ class Body:
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         return value if list(order) == sorted(order) else self.op("Transpose", value, perm=list(order))
 
+    def turn(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
+        """`transpose` of something made from cores."""
+        return self.transpose(value, [0, *(axis + 1 for axis in order)] if self.stacked else order)
+
+    def fold(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """`reshape` of something made from cores."""
+        return self.reshape(value, [0, *shape] if self.stacked else shape)
+
     def matmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.op("MatMul", a, b)
 
@@ -57,7 +70,8 @@ class Body:
 
         Args:
             cores: values of shape `(I_d, R_d, R_{d+1})` or `(I_d, J_d, R_d, R_{d+1})`, whose `shapes` are given.
-            order: the axes of the result, of `i` (rows), `j` (columns), `a` (first rank), `b` (last rank).
+            order: the axes of the result, of `i` (rows), `j` (columns), `a` (first rank), `b` (last rank); the leading axis
+                of a stacked body stays in front.
 
         Returns:
             A four- (three-) dimensional value with the axes in that order, and the size of each. Rows and columns are
@@ -70,10 +84,10 @@ class Body:
             modes, (inner, following) = list(shape[:-2]), shape[-2:]
             # (old modes…, a, inner) · (inner, new modes…, b) as one product of matrices
             outer = [sizes[axis] for axis in axes[:-1]]
-            turned = self.transpose(core, [len(modes), *range(len(modes)), len(modes) + 1])
-            flat = self.reshape(turned, [inner, math.prod(modes) * following])
-            met = self.matmul(self.reshape(value, [math.prod(outer), inner]), flat)
-            met = self.reshape(met, [*outer, *modes, following])
+            turned = self.turn(core, [len(modes), *range(len(modes)), len(modes) + 1])
+            flat = self.fold(turned, [inner, math.prod(modes) * following])
+            met = self.matmul(self.fold(value, [math.prod(outer), inner]), flat)
+            met = self.fold(met, [*outer, *modes, following])
             # each new mode goes before the old one of its kind, for it is the slower
             place = {"a": [len(modes)], "b": [2 * len(modes) + 1]}
             place |= {axis: [len(modes) + 1 + n, n] for n, axis in enumerate("ij"[: len(modes)])}
@@ -81,10 +95,10 @@ class Body:
                 sizes[axis] *= modes[n]
             sizes["b"] = following
             wanted = list(order) if last else list(axes)
-            met = self.transpose(met, [position for axis in wanted for position in place[axis]])
-            value = self.reshape(met, [sizes[axis] for axis in wanted])
+            met = self.turn(met, [position for axis in wanted for position in place[axis]])
+            value = self.fold(met, [sizes[axis] for axis in wanted])
         if len(cores) == 1:
-            value = self.transpose(value, [axes.index(axis) for axis in order])
+            value = self.turn(value, [axes.index(axis) for axis in order])
         return value, sizes
 
 

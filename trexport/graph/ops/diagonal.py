@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -21,28 +21,30 @@ class DiagonalOp(TransformOp):
 
     type: ClassVar[str] = "diagonal"
 
-    @classmethod
-    def of(cls, member: DiagonalTransform) -> Self:
-        return cls({"scale": (member.features,)})
+    @staticmethod
+    def values(member: DiagonalTransform) -> dict[str, Tensor]:
+        return {"scale": member.scale.detach().float()}
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        return self.shapes["scale"]
 
     def neutral(self) -> dict[str, Tensor]:
         return {"scale": torch.ones(self.shapes["scale"])}
-
-    def tensors(self, member: DiagonalTransform) -> dict[str, Tensor]:
-        found = {"scale": member.scale.detach().float()}
-        if tuple(found["scale"].shape) != self.shapes["scale"]:
-            raise self.does_not_fit(found)
-        return found
 
     def signature(self) -> str:
         return "Diagonal"
 
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
-        return body.op("Mul", x, body.narrow(values[0]))
+        return body.op("Mul", x, self._scale(body, values))
 
     def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        return body.op("Mul", weight, body.narrow(values[0]))
+        return body.op("Mul", weight, self._scale(body, values))
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         (n,) = self.shapes["scale"]
         return float(rows * n), 2.0 * rows * n
+
+    def _scale(self, body: Body, values: list[ir.Value]) -> ir.Value:
+        scale = body.narrow(values[0])
+        return body.fold(scale, [1, *self.shapes["scale"]]) if body.stacked else scale

@@ -10,6 +10,17 @@
 | for each adapter: strength | (1,) | float32 |
 | then the tensors of its transform and of its residual | see the members in `trexport.graph.ops` | float32 |
 
+Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b] of its own, at its own strength:
+
+    Y[b] = X[b]·W'[b]ᵀ + B,   W'[b] = W·(I + s[b] (T_k − I)) + s[b] Δ_k
+
+| input | shape | type |
+|---|---|---|
+| X, W, B | (batch, …, in) and as above | T |
+| index I | (batch,), or (1,) for all | int64, place in the stack |
+| strength s | (batch,), or (1,) for all | float32 |
+| then the tensors of the transforms and of the residuals | (adapters, …): stacked | float32 |
+
 Output Y (…, out), type T. T is float, float16 or bfloat16: that of the artifact, for which the functions are written. The
 name tells the members with their ranks, the layer's shape and the path (see `trexport.graph.ops.plan`); layers that agree in
 all of it share one function.
@@ -26,7 +37,7 @@ import onnx_ir as ir
 from trexport.graph.ops import DOMAIN
 from trexport.graph.ops.body import Body
 from trexport.graph.ops.plan import Path
-from trexport.graph.ops.slots import STRENGTH, LayerSlot
+from trexport.graph.ops.slots import INDEX, STRENGTH, LayerSlot
 from trexport.io_spec import Dtype
 
 
@@ -43,9 +54,11 @@ class LinearSignature:
     """Dimensions of X."""
     path: Path
     dtype: Dtype
+    bank: bool = False
+    """An adapter for every sample, of a stack; there is one slot then."""
 
     def name(self) -> str:
-        parts = ["AdaptedLinear", *(slot.signature() for slot in self.slots)]
+        parts = ["BankedLinear" if self.bank else "AdaptedLinear", *(slot.signature() for slot in self.slots)]
         parts += [f"{self.in_features}to{self.out_features}", self.path]
         parts += ["bias"] if self.bias else []
         return "_".join([*parts, f"{self.rank}d"])
@@ -53,28 +66,39 @@ class LinearSignature:
 
 def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Function:
     """The function `name` of domain `ai.trlora`."""
-    body = Body(signature.dtype)
+    body = Body(signature.dtype, stacked=signature.bank)
     x, weight = ir.val("X"), ir.val("W")
     inputs = [x, weight]
     bias = ir.val("B") if signature.bias else None
     inputs += [bias] if bias is not None else []
-    slots: list[tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]] = []
+    index = ir.val(INDEX) if signature.bank else None
+    inputs += [index] if index is not None else []
+    slots: list[_Slot] = []
     for number, slot in enumerate(signature.slots):
         strength = ir.val(f"{STRENGTH}_{number}")
         values = [ir.val(f"{key.replace('.', '_')}_{number}") for key in slot.names()]
         inputs += [strength, *values]
+        scale = body.narrow(strength)
+        if index is not None:
+            scale = body.reshape(scale, [-1, 1, 1])
+            values = [body.op("Gather", value, index, axis=0) for value in values]
         split = len(slot.transform.shapes) if slot.transform is not None else 0
-        slots.append((slot, body.narrow(strength), values[:split], values[split:]))
+        slots.append((slot, scale, values[:split], values[split:]))
+    rank, flat = signature.rank, signature.bank and signature.rank == 2
+    if flat:  # (batch, in): a row a sample
+        x, rank = body.op("Unsqueeze", x, body.ints([1])), 3
     if signature.path == "weight":
-        y = body.matmul(x, body.transpose(_rebuilt(body, weight, slots), [1, 0]))
+        y = body.matmul(x, body.turn(_rebuilt(body, weight, slots), [1, 0]))
         added = None
     else:
-        moved, added = _moved(body, x, slots, signature), _added(body, x, slots)
+        moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots)
         y = body.matmul(moved, body.transpose(weight, [1, 0]))
     if bias is not None:
         y = body.op("Add", y, bias)
     if added is not None:
         y = body.op("Add", y, added)
+    if flat:
+        y = body.op("Squeeze", y, body.ints([1]))
     y.name = "Y"
     graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset}, name=name)
     function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
@@ -82,33 +106,34 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
     return function
 
 
-_Slots = Sequence[tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]]
+_Slot = tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]
+"""A slot, its strength, the tensors of its transform and those of its residual."""
 
 
-def _moved(body: Body, x: ir.Value, slots: _Slots, signature: LinearSignature) -> ir.Value:
+def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense: bool) -> ir.Value:
     """`x + Σ s (T·x − x)`: at strength zero x itself, to the last bit."""
     moved = x
     for slot, strength, values, _ in slots:
         if slot.transform is not None:
-            turned = slot.transform.activations(body, x, signature.rank, values, dense=signature.path == "dense")
+            turned = slot.transform.activations(body, x, rank, values, dense=dense)
             step = body.op("Mul", body.op("Sub", turned, x), strength)
             moved = body.op("Add", moved, step)
     return moved
 
 
-def _added(body: Body, x: ir.Value, slots: _Slots) -> ir.Value | None:
+def _added(body: Body, x: ir.Value, slots: Sequence[_Slot]) -> ir.Value | None:
     """`Σ s Δ·x`."""
     added: ir.Value | None = None
     for slot, strength, _, values in slots:
         if slot.residual is not None:
             right, left = slot.residual.factors(body, values)
             # the strength scales the thin tensor in between
-            step = body.matmul(body.op("Mul", body.matmul(x, right), strength), body.transpose(left, [1, 0]))
+            step = body.matmul(body.op("Mul", body.matmul(x, right), strength), body.turn(left, [1, 0]))
             added = step if added is None else body.op("Add", added, step)
     return added
 
 
-def _rebuilt(body: Body, weight: ir.Value, slots: _Slots) -> ir.Value:
+def _rebuilt(body: Body, weight: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
     """`W + Σ s (W·T − W + Δ)`: at strength zero W itself, to the last bit."""
     rebuilt = weight
     for slot, strength, of_transform, of_residual in slots:
@@ -117,7 +142,7 @@ def _rebuilt(body: Body, weight: ir.Value, slots: _Slots) -> ir.Value:
             change = body.op("Sub", slot.transform.weight(body, weight, of_transform), weight)
         if slot.residual is not None:
             right, left = slot.residual.factors(body, of_residual)
-            delta = body.matmul(left, body.transpose(right, [1, 0]))
+            delta = body.matmul(left, body.turn(right, [1, 0]))
             change = delta if change is None else body.op("Add", change, delta)
         if change is not None:
             rebuilt = body.op("Add", rebuilt, body.op("Mul", change, strength))
@@ -126,8 +151,12 @@ def _rebuilt(body: Body, weight: ir.Value, slots: _Slots) -> ir.Value:
 
 def _documentation(signature: LinearSignature) -> str:
     lines = ["Y = X W'^T + B with W' = W (I + sum_k s_k (T_k - I)) + sum_k s_k Delta_k.", f"Path: {signature.path}."]
+    if signature.bank:
+        lines.append(
+            f"Every sample has the adapter at {INDEX} (batch,) int64 of the stack; the shapes below are one adapter's."
+        )
     for number, slot in enumerate(signature.slots):
-        lines.append(f"Adapter {number}: {STRENGTH}_{number} (1,) float32")
+        lines.append(f"Adapter {number}: {STRENGTH}_{number} ({'batch' if signature.bank else 1},) float32")
         for part, op in slot.parts.items():
             shapes = ", ".join(f"{name} {shape}" for name, shape in op.shapes.items())
             lines.append(f"  {part} {op.type}: {shapes}, float32")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
@@ -9,47 +11,52 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from trexport.graph.ops.base import ResidualOp, pad
+from trexport.graph.ops.base import ResidualOp
 from trexport.graph.ops.body import Body
-from trlora.residuals import LowRankResidual
+from trlora.residuals import AbstractResidual
 
 
 @final
 @dataclass(frozen=True)
 class LowRankOp(ResidualOp):
-    """`lora_A.weight` (r, in) and `lora_B.weight` (out, r); a checkpoint's alpha / r is folded into the latter."""
+    """`lora_A.weight` (r, in) and `lora_B.weight` (out, r); a checkpoint's alpha / r is folded into the latter. Takes every
+    residual, as the low-rank map that it is exactly."""
 
     type: ClassVar[str] = "low_rank"
+    universal: ClassVar[bool] = True
+
+    @staticmethod
+    def values(member: AbstractResidual) -> dict[str, Tensor]:
+        left, right = copy.deepcopy(member).double().low_rank()  # rounded once, at the end
+        return {
+            "lora_A.weight": right.detach().float().T.contiguous(),
+            "lora_B.weight": left.detach().float().contiguous(),
+        }
 
     @classmethod
-    def of(cls, member: LowRankResidual) -> Self:
-        return cls({name: tuple(tensor.shape) for name, tensor in _factors(member).items()})
+    def holding(cls, residuals: Sequence[ResidualOp]) -> Self:
+        """The smallest that takes what each of these takes; all are of one layer."""
+        rank, (rows, columns) = max(residual.rank for residual in residuals), residuals[0].features
+        return cls({"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)})
+
+    @property
+    def fixed(self) -> tuple[int, int]:
+        return self.features
 
     @property
     def rank(self) -> int:
         return self.shapes["lora_A.weight"][0]
 
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.shapes["lora_B.weight"][0], self.shapes["lora_A.weight"][1]
+
     def neutral(self) -> dict[str, Tensor]:
         return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
-
-    def tensors(self, member: LowRankResidual) -> dict[str, Tensor]:
-        found = _factors(member)
-        a, b = found["lora_A.weight"], found["lora_B.weight"]
-        if (b.shape[0], a.shape[1]) != (self.shapes["lora_B.weight"][0], self.shapes["lora_A.weight"][1]):
-            raise self.does_not_fit(found)
-        try:
-            return {name: pad(tensor, self.shapes[name]) for name, tensor in found.items()}
-        except ValueError:
-            raise self.does_not_fit(found) from None
 
     def signature(self) -> str:
         return f"LowRank{self.rank}"
 
     def factors(self, body: Body, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
         a, b = values
-        return body.narrow(body.transpose(a, [1, 0])), body.narrow(b)
-
-
-def _factors(member: LowRankResidual) -> dict[str, Tensor]:
-    b = member.lora_B.weight.detach().float() * member.scaling
-    return {"lora_A.weight": member.lora_A.weight.detach().float(), "lora_B.weight": b}
+        return body.narrow(body.turn(a, [1, 0])), body.narrow(b)

@@ -58,7 +58,12 @@ class LayerPlan:
 
 
 def plan_layer(
-    slots: Sequence[LayerSlot], shape: tuple[int, int], tokens: int, model: CostModel, forced: Path | None = None
+    slots: Sequence[LayerSlot],
+    shape: tuple[int, int],
+    tokens: int,
+    model: CostModel,
+    forced: Path | None = None,
+    samples: int = 1,
 ) -> LayerPlan:
     """Choose the cheapest path.
 
@@ -67,8 +72,10 @@ def plan_layer(
         shape: (out_features, in_features).
         tokens: rows of activations.
         forced: take this path whatever it costs.
+        samples: that have an adapter each, in a bank: T or the weight is then formed for every one.
     """
-    costs = {path: round(1e3 * _seconds(path, slots, shape, tokens, model), 6) for path in PATHS}
+    each = -(-tokens // samples)
+    costs = {path: round(1e3 * samples * _seconds(path, slots, shape, each, model), 6) for path in PATHS}
     return LayerPlan(forced or min(PATHS, key=lambda path: costs[path]), tokens, costs)
 
 

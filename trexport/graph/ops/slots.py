@@ -11,10 +11,12 @@ from torch import Tensor
 
 from trexport.errors import ArtifactError
 from trexport.graph.ops import RESIDUAL_OPS, TRANSFORM_OPS, MemberOp, ResidualOp, TransformOp
+from trexport.graph.ops.low_rank import LowRankOp
 from trlora import LayerAdapter
 from trlora.errors import nearest
 
 STRENGTH = "strength"
+INDEX = "index"
 
 
 @final
@@ -33,6 +35,22 @@ class LayerSlot:
             None if transform.trivial else TRANSFORM_OPS[adapter.spec.transform.type].of(transform),
             None if residual.trivial else RESIDUAL_OPS[adapter.spec.residual.type].of(residual),
         )
+
+    def joined(self, other: LayerSlot) -> Self:
+        """The smallest slot that takes what either takes; residuals of different types meet as low-rank maps, exactly.
+
+        Raises:
+            ArtifactError: their transforms have no common shape.
+        """
+        transform, residual = self.transform or other.transform, self.residual or other.residual
+        if self.transform is not None and other.transform is not None:
+            transform = self.transform.joined(other.transform)
+        if self.residual is not None and other.residual is not None:
+            try:
+                residual = self.residual.joined(other.residual)
+            except ArtifactError:
+                residual = LowRankOp.holding([self.residual, other.residual])
+        return type(self)(transform, residual)
 
     @property
     def parts(self) -> dict[str, MemberOp]:
@@ -63,7 +81,7 @@ class LayerSlot:
             if member.trivial:
                 continue
             op = self.parts.get(part)
-            if op is None or op.type != kind:
+            if op is None or not (op.universal or op.type == kind):
                 takes = "none" if op is None else repr(op.type)
                 raise ArtifactError(f"a {kind!r} {part} found, the graph takes {takes} there")
             result |= {f"{part}.{name}": tensor for name, tensor in op.tensors(member).items()}
@@ -132,6 +150,20 @@ class Slot:
         return cls(fields["prefix"], layers)
 
 
+def stacked(slot: Slot, adapters: Sequence[Mapping[str, Tensor]], places: int) -> dict[str, Tensor]:
+    """Adapters' tensors along a new first axis, neutral ones in the places that are left; strengths are not in it.
+
+    Args:
+        adapters: what `slot.tensors` gave for each.
+    """
+    neutral = slot.neutral()
+    del neutral[slot.strength]
+    return {
+        name: torch.stack([*(adapter[name] for adapter in adapters), *[tensor] * (places - len(adapters))])
+        for name, tensor in neutral.items()
+    }
+
+
 def slots_for(adapters: Sequence[Mapping[str, LayerAdapter]]) -> list[Slot]:
     """A slot for each adapter. A single one's inputs have a checkpoint's own keys and `strength`; of several, those of the
     k-th have `adapter_<k>.` before them."""
@@ -140,3 +172,20 @@ def slots_for(adapters: Sequence[Mapping[str, LayerAdapter]]) -> list[Slot]:
         Slot(prefix, {path: LayerSlot.of(adapter) for path, adapter in layers.items()})
         for prefix, layers in zip(prefixes, adapters, strict=True)
     ]
+
+
+def joined_slot(adapters: Sequence[Mapping[str, LayerAdapter]]) -> Slot:
+    """The smallest slot that takes each of several adapters: a checkpoint's own keys, the greatest ranks.
+
+    Raises:
+        ArtifactError: they have no common shape on some layer.
+    """
+    layers: dict[str, LayerSlot] = {}
+    for adapter in adapters:
+        for path, layer in adapter.items():
+            slot = LayerSlot.of(layer)
+            try:
+                layers[path] = layers[path].joined(slot) if path in layers else slot
+            except ArtifactError as error:
+                raise ArtifactError(f"{path}: {error}; export the adapters apart") from error
+    return Slot("", layers)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from trexport.graph.ops.base import ResidualOp, pad
+from trexport.graph.ops.base import ResidualOp
 from trexport.graph.ops.body import Body
 from trlora.residuals import TensorRingResidual
 
@@ -22,39 +23,40 @@ class TensorRingResidualOp(ResidualOp):
 
     type: ClassVar[str] = "tensor_ring"
 
-    @classmethod
-    def of(cls, member: TensorRingResidual) -> Self:
-        return cls({name: tuple(core.shape) for name, core in _cores(member).items()})
+    @staticmethod
+    def values(member: TensorRingResidual) -> dict[str, Tensor]:
+        cores = {f"row_core.{d}": core.detach().float() for d, core in enumerate(member.row_core)}
+        return cores | {f"column_core.{d}": core.detach().float() for d, core in enumerate(member.column_core)}
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The modes."""
+        return {name: shape[0] for name, shape in self.shapes.items()}
 
     @property
     def rank(self) -> int:
         return self.shapes["row_core.0"][1] * self.shapes["column_core.0"][1]
 
+    @property
+    def features(self) -> tuple[int, int]:
+        rows, columns = self._split()
+        return math.prod(shape[0] for shape in rows), math.prod(shape[0] for shape in columns)
+
     def neutral(self) -> dict[str, Tensor]:
         return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
-
-    def tensors(self, member: TensorRingResidual) -> dict[str, Tensor]:
-        found = _cores(member)
-        try:
-            if {name: core.shape[0] for name, core in found.items()} != {k: s[0] for k, s in self.shapes.items()}:
-                raise ValueError
-            return {name: pad(core, self.shapes[name]) for name, core in found.items()}
-        except (ValueError, KeyError):
-            raise self.does_not_fit(found) from None
 
     def signature(self) -> str:
         return f"TR{len(self.shapes) // 2}r{max(shape[1] for shape in self.shapes.values())}"
 
     def factors(self, body: Body, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        rows = [shape for name, shape in self.shapes.items() if name.startswith("row_core")]
-        columns = [shape for name, shape in self.shapes.items() if name.startswith("column_core")]
+        rows, columns = self._split()
         left, of_left = body.chain(values[: len(rows)], rows, ["i", "a", "b"])
         right, of_right = body.chain(values[len(rows) :], columns, ["i", "b", "a"])
-        left = body.reshape(left, [of_left["i"], self.rank])
-        right = body.reshape(right, [of_right["i"], self.rank])
+        left = body.fold(left, [of_left["i"], self.rank])
+        right = body.fold(right, [of_right["i"], self.rank])
         return body.narrow(right), body.narrow(left)
 
-
-def _cores(member: TensorRingResidual) -> dict[str, Tensor]:
-    cores = {f"row_core.{d}": core.detach().float() for d, core in enumerate(member.row_core)}
-    return cores | {f"column_core.{d}": core.detach().float() for d, core in enumerate(member.column_core)}
+    def _split(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """The shapes of the row cores and of the column cores."""
+        rows = [shape for name, shape in self.shapes.items() if name.startswith("row_core")]
+        return rows, [shape for name, shape in self.shapes.items() if name.startswith("column_core")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -23,9 +23,14 @@ class TensorRingTransformOp(TransformOp):
 
     type: ClassVar[str] = "tensor_ring"
 
-    @classmethod
-    def of(cls, member: TensorRingTransform) -> Self:
-        return cls({f"core.{d}": tuple(core.shape) for d, core in enumerate(member.core)})
+    @staticmethod
+    def values(member: TensorRingTransform) -> dict[str, Tensor]:
+        return {f"core.{d}": core.detach().float() for d, core in enumerate(member.core)}
+
+    @property
+    def fixed(self) -> dict[str, tuple[int, ...]]:
+        """The modes."""
+        return {name: shape[:2] for name, shape in self.shapes.items()}
 
     def neutral(self) -> dict[str, Tensor]:
         # the identity as a ring of rank 1, padded: exact for every rank, where I/R is so for powers of two only
@@ -33,15 +38,6 @@ class TensorRingTransformOp(TransformOp):
             name: pad(torch.eye(shape[0])[:, :, None, None], shape)  # one slice
             for name, shape in self.shapes.items()
         }
-
-    def tensors(self, member: TensorRingTransform) -> dict[str, Tensor]:
-        found = {f"core.{d}": core.detach().float() for d, core in enumerate(member.core)}
-        try:
-            if [core.shape[:2] for core in found.values()] != [shape[:2] for shape in self.shapes.values()]:
-                raise ValueError
-            return {name: pad(core, self.shapes[name]) for name, core in found.items()}
-        except (ValueError, KeyError):
-            raise self.does_not_fit(found) from None
 
     def signature(self) -> str:
         return f"TRM{len(self.shapes)}r{max(shape[2] for shape in self.shapes.values())}"
@@ -73,9 +69,11 @@ class TensorRingTransformOp(TransformOp):
         fast, of_fast = body.chain(values[:cut], shapes[:cut], [rows, "a", "b", columns])
         slow, of_slow = body.chain(values[cut:], shapes[cut:], [columns, rows, "b", "a"])
         ranks = of_fast["a"] * of_fast["b"]
-        left = body.narrow(body.reshape(fast, [of_fast["i"], ranks * of_fast["j"]]))
-        right = body.narrow(body.reshape(slow, [of_slow["j"], of_slow["i"] * ranks]))
+        left = body.narrow(body.fold(fast, [of_fast["i"], ranks * of_fast["j"]]))
+        right = body.narrow(body.fold(slow, [of_slow["j"], of_slow["i"] * ranks]))
         met = body.matmul(body.reshape(value, batched(rank, [of_fast["i"]])), left)
+        if body.stacked:  # one matrix a member of the stack, whatever the rows
+            right, rank = body.fold(right, [1, of_slow["j"], of_slow["i"] * ranks]), 3
         met = body.reshape(met, batched(rank, [of_slow["i"] * ranks, of_fast["j"]]))
         return body.reshape(body.matmul(right, met), batched(rank, [of_slow["j"] * of_fast["j"]]))
 
@@ -85,15 +83,15 @@ class TensorRingTransformOp(TransformOp):
         n = math.prod(shape[0] for shape in shapes)
         if len(shapes) == 1:
             eye = body.op("EyeLike", body.op("ConstantOfShape", body.ints(shapes[0][2:])))
-            summed = body.op("ReduceSum", body.op("Mul", values[0], eye), body.ints([2, 3]), keepdims=0)
-            return body.narrow(body.transpose(summed, [1, 0] if turned else [0, 1]))
+            summed = body.op("ReduceSum", body.op("Mul", values[0], eye), body.ints([-2, -1]), keepdims=0)
+            return body.narrow(body.turn(summed, [1, 0] if turned else [0, 1]))
         fast, a = body.chain(values[:-1], shapes[:-1], ["i", "j", "a", "b"])
         last = shapes[-1]
         ranks = a["a"] * a["b"]
-        slow = body.reshape(body.transpose(values[-1], [3, 2, 0, 1]), [ranks, last[0] * last[1]])
-        met = body.matmul(body.reshape(fast, [a["i"] * a["j"], ranks]), slow)
-        met = body.reshape(met, [a["i"], a["j"], last[0], last[1]])
-        return body.narrow(body.reshape(body.transpose(met, [3, 1, 2, 0] if turned else [2, 0, 3, 1]), [n, n]))
+        slow = body.fold(body.turn(values[-1], [3, 2, 0, 1]), [ranks, last[0] * last[1]])
+        met = body.matmul(body.fold(fast, [a["i"] * a["j"], ranks]), slow)
+        met = body.fold(met, [a["i"], a["j"], last[0], last[1]])
+        return body.narrow(body.fold(body.turn(met, [3, 1, 2, 0] if turned else [2, 0, 3, 1]), [n, n]))
 
     def _cut(self) -> int:
         return min(range(1, len(self.shapes)), key=lambda cut: self._cost(cut)[0])

@@ -12,18 +12,26 @@ from torch import Tensor
 
 from trexport.errors import ExportError
 from trexport.graph.ops import DOMAIN, VERSION
+from trexport.graph.ops.body import Body
 from trexport.graph.ops.linear import LinearSignature, linear_function
 from trexport.graph.ops.plan import LayerPlan
 from trexport.graph.ops.slots import Slot
-from trexport.io_spec import Dtype
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype
 
 
 def factor(
-    model: ir.Model, slots: Sequence[Slot], tensors: Mapping[str, Tensor], plan: Mapping[str, LayerPlan], dtype: Dtype
+    model: ir.Model,
+    slots: Sequence[Slot],
+    tensors: Mapping[str, Tensor],
+    plan: Mapping[str, LayerPlan],
+    dtype: Dtype,
+    bank: int | None = None,
 ) -> ir.Model:
     """Put one operator in the place of every linear layer that `plan` names; in place.
 
     Args:
+        bank: how many adapters the tensors are stacks of, of which every sample takes its own; this adds the graph inputs
+            `adapter_index` and `adapter_strength`.
         tensors: the defaults of every slot's inputs, float32; they become overridable initialisers, which are graph inputs
             with a value.
 
@@ -31,6 +39,7 @@ def factor(
         ExportError: a layer is not in the graph as a product with its weight.
     """
     opset = model.opset_imports[""]
+    selected = _select(model, bank) if bank is not None else None
     values = {name: _overridable(model, name, tensor) for name, tensor in tensors.items()}
     functions: dict[LinearSignature | str, str] = {}
     for path, layer in plan.items():
@@ -49,6 +58,7 @@ def factor(
             x.shape.rank() if x.shape is not None else 3,
             layer.path,
             dtype,
+            bank is not None,
         )
         key = repr(signature)
         if key not in functions:
@@ -59,8 +69,9 @@ def factor(
             function = linear_function(signature, name, opset)
             model.functions[function.identifier()] = function
         inputs = [x, weight, *([bias] if bias is not None else [])]
+        inputs += selected[:1] if selected is not None else []
         for slot in on_layer:
-            inputs.append(values[slot.strength])
+            inputs.append(values[slot.strength] if selected is None else selected[1])
             inputs += [values[f"{slot.prefix}{path}.{key}"] for key in slot.layers[path].names()]
         result = ir.val(output.name, dtype=output.dtype, shape=output.shape)
         node = ir.Node(
@@ -73,6 +84,29 @@ def factor(
     model.opset_imports[DOMAIN] = VERSION
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _select(model: ir.Model, bank: int) -> list[ir.Value]:
+    """The inputs `adapter_index`, where 0 is no adapter and k the k-th of the stacks, and `adapter_strength`, made into
+    places in the stacks and effective strengths. An index outside the bank becomes a place outside the stacks, never
+    another adapter: ONNX Runtime refuses it on the CPU; on CUDA its kernels do not look."""
+    batch = next(value for value in model.graph.inputs if value.name == "sample").shape
+    assert batch is not None
+    axes = ir.Shape([batch[0]])
+    index = ir.val(ADAPTER_INDEX, dtype=ir.DataType.INT64, shape=axes)
+    strength = ir.val(ADAPTER_STRENGTH, dtype=ir.DataType.FLOAT, shape=axes)
+    model.graph.inputs.extend([index, strength])
+    body = Body("fp32")
+    zero, one, outside = body.ints([0]), body.ints([1]), body.ints([bank])
+    none = body.op("Equal", index, zero)
+    place = body.op("Where", none, zero, body.op("Sub", index, one))
+    place = body.op("Where", body.op("Less", index, zero), outside, place)
+    scale = body.op("Where", none, body.op("CastLike", zero, strength), strength)
+    for node in body.nodes:
+        for output in node.outputs:
+            output.name = f"adapter_select.{output.name}"
+    model.graph.insert_before(model.graph[0], body.nodes)
+    return [place, scale]
 
 
 def _overridable(model: ir.Model, name: str, tensor: Tensor) -> ir.Value:

@@ -1,0 +1,229 @@
+"""How adapters get into a graph that is already loaded: one class for each form of an artifact that takes them."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from trexport.adapter_file import factored_of, swappable_of
+from trexport.artifact import Artifact
+from trexport.backends import Device
+from trexport.backends.onnxruntime import bound_run, open_session
+from trexport.errors import ArtifactError, UsageError
+from trexport.graph.factored import Factored, tensors_of
+from trexport.graph.ops.slots import STRENGTH, Slot, stacked
+from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
+from trexport.models.adapters import BoundAdapter
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter as the inputs of one graph."""
+
+    name: str
+    strength: float
+    """Its own, for who gives none."""
+    fits: Mapping[int, Mapping[str, Tensor]]
+    """Slot number → the slot's inputs, strength left out; only the slots that it fits."""
+
+    @property
+    def size_bytes(self) -> int:
+        return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.fits.values())
+
+
+class AdapterForm(ABC):
+    """Device buffers that a graph reads in every run, and how to fill them."""
+
+    buffers: dict[str, Tensor]
+    """By input name; overwritten in place, never replaced."""
+
+    @abstractmethod
+    def slots(self) -> Sequence[Slot]:
+        """The places for adapters."""
+
+    @abstractmethod
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        """Fill the buffers for these adapters at these strengths; none of them is the base, to the last bit. Always from
+        what is pristine, so that what was there before leaves no trace.
+
+        Raises:
+            UsageError: more than the form takes at once, or a choice that does not fit together.
+            ArtifactError: the result is not finite. The buffers are to be written again then.
+        """
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        """An adapter's tensors for every slot that it fits.
+
+        Raises:
+            ArtifactError: it fits none.
+        """
+        fits: dict[int, dict[str, Tensor]] = {}
+        first: ArtifactError | None = None
+        for number, slot in enumerate(self.slots()):
+            try:
+                tensors = slot.tensors(adapter.layers, adapter.strength, adapter.name)
+            except ArtifactError as error:
+                first = first or error
+                continue
+            del tensors[slot.strength]
+            fits[number] = tensors
+        if not fits and first is not None:
+            raise first
+        return Prepared(name, adapter.strength, fits)
+
+
+@final
+class FactoredForm(AdapterForm):
+    """Cores and strengths are the buffers: activating an adapter copies it."""
+
+    def __init__(self, factored: Factored, device: Device) -> None:
+        self._slots = factored.slots
+        self.buffers = {}
+        for slot in factored.slots:
+            self.buffers |= {name: tensor.to(device) for name, tensor in slot.neutral().items()}
+        self.write([])
+
+    def slots(self) -> Sequence[Slot]:
+        return self._slots
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        if len(active) > len(self._slots):
+            raise UsageError(f"{len(active)} adapters to be active at once, this graph takes {len(self._slots)}")
+        places = next(
+            (
+                places
+                for places in itertools.permutations(range(len(self._slots)), len(active))
+                if all(place in prepared.fits for place, (prepared, _) in zip(places, active, strict=True))
+            ),
+            None,
+        )
+        if places is None:
+            names = [prepared.name for prepared, _ in active]
+            raise UsageError(f"{names} do not fit into this graph's slots together; export for them")
+        taken = {place: given for place, given in zip(places, active, strict=True)}
+        for number, slot in enumerate(self._slots):
+            if number not in taken:
+                self.buffers[slot.strength].zero_()
+                continue
+            prepared, strength = taken[number]
+            for name, tensor in prepared.fits[number].items():
+                self.buffers[name].copy_(tensor)
+            self.buffers[slot.strength].fill_(strength)
+
+
+@final
+class SwappableForm(AdapterForm):
+    """The adapted weights are the buffers: activating adapters runs `merge.onnx` into them."""
+
+    def __init__(self, artifact: Artifact, swappable: Swappable, device: Device) -> None:
+        self._slot: Slot = swappable.slot
+        self._device: Device = device
+        self._pristine = _weights(artifact, swappable.slot)
+        self.buffers = {name: _copy_of(stored).to(device) for name, stored in self._pristine.items()}
+        path = artifact.onnx_path.with_name(MERGE_NAME)
+        # what the weights are reshaped into would be kept beside them
+        self._merge: Any = open_session(str(path), device, fold_constants=False)
+
+    def slots(self) -> Sequence[Slot]:
+        return [self._slot]
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        if not active:
+            for name, stored in self._pristine.items():
+                self.buffers[name].copy_(_copy_of(stored))
+            return
+        inputs = {
+            name: torch.stack([prepared.fits[0][name] for prepared, _ in active]).to(self._device)
+            for name in active[0][0].fits[0]
+        }
+        inputs[STRENGTH] = torch.tensor([strength for _, strength in active], dtype=torch.float32, device=self._device)
+        outputs = {merged_name(path): self.buffers[f"{path}.weight"] for path in self._slot.layers}
+        bound_run(self._merge, inputs, outputs, self._device)()
+        # a sum is finite where all its terms are; reading each weight once is a fraction of computing it
+        sums = torch.stack([buffer.sum(dtype=torch.float32) for buffer in self.buffers.values()])
+        if not bool(sums.isfinite().all()):
+            wrong = next(name for name, total in zip(self.buffers, sums, strict=True) if not total.isfinite())
+            given = {prepared.name: strength for prepared, strength in active}
+            raise ArtifactError(f"{wrong}: not finite with {given}; the strengths are too great for this precision")
+
+
+@final
+class BankForm(AdapterForm):
+    """Stacks of cores are the buffers: an adapter is copied into a place once, and each sample says which place it takes."""
+
+    def __init__(self, factored: Factored, device: Device) -> None:
+        assert factored.bank is not None
+        self.places = factored.bank
+        (self._slot,) = factored.slots
+        self.buffers = {name: tensor.to(device) for name, tensor in stacked(self._slot, [], factored.bank).items()}
+
+    def slots(self) -> Sequence[Slot]:
+        return [self._slot]
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        if len(active) > 1:
+            raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        """Copy an adapter into a place, counted from 0."""
+        for name, tensor in prepared.fits[0].items():
+            self.buffers[name][place].copy_(tensor)
+
+
+def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
+    """How an artifact takes adapters, None for one that takes none.
+
+    Raises:
+        MissingError: ONNX Runtime or the device is not here.
+    """
+    if artifact.manifest.swappable is not None:
+        return SwappableForm(artifact, swappable_of(artifact), device)
+    if artifact.manifest.factored is None:
+        return None
+    factored = factored_of(artifact)
+    return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)
+
+
+def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> dict[str, Tensor]:
+    """What to bind beside the UNet's inputs so that an artifact draws with adapters: cores and strengths of a factored one,
+    stacks of a bank (not its index), merged weights of a swappable one. None for a merged one.
+
+    Raises:
+        ArtifactError: an adapter does not fit, or the artifact takes none.
+        UsageError: more adapters than it takes at once.
+    """
+    manifest = artifact.manifest
+    if manifest.factored is not None:
+        return {name: tensor.to(device) for name, tensor in tensors_of(factored_of(artifact), adapters).items()}
+    if manifest.swappable is not None:
+        form = SwappableForm(artifact, swappable_of(artifact), device)
+        form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+        return form.buffers
+    return {}
+
+
+def _weights(artifact: Artifact, slot: Slot) -> dict[str, ir.TensorProtocol]:
+    """The pristine weights of a slot's layers by parameter name, on the disk where they lie outside the model file."""
+    initializers = ir.load(artifact.onnx_path).graph.initializers
+    weights: dict[str, ir.TensorProtocol] = {}
+    for path in slot.layers:
+        name = f"{path}.weight"
+        stored = initializers[name].const_value if name in initializers else None
+        if stored is None:
+            raise ArtifactError(f"{artifact.folder}: {name} is not in the model; export again")
+        weights[name] = stored
+    return weights
+
+
+def _copy_of(stored: ir.TensorProtocol) -> Tensor:
+    if stored.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(stored.numpy().view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(stored.numpy().copy())

@@ -1,0 +1,378 @@
+"""One exported model in memory, many adapters, switched between runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+from trexport.adapter_file import open_for
+from trexport.artifact import Artifact, open_artifact
+from trexport.backends import BACKENDS, Device, OnnxFile, Runner, Step, device_of
+from trexport.errors import RunError, UsageError
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
+from trexport.models.adapters import BoundAdapter
+from trexport.models.unet import DTYPES
+from trexport.session.adapters import AdapterStore
+from trexport.session.forms import BankForm, Prepared, form_of
+from trexport.session.lock import ReadWriteLock
+
+CAPACITY = 16
+
+
+@final
+class Session:
+    """An ONNX artifact of trexport, loaded once, and adapters that come and go in it.
+
+    ```python
+    with Session("swappable", capacity=32) as session:
+        session.load_adapter("watercolour", "adapters/watercolour")
+        session.activate({"watercolour": 0.8})
+        out = session.run({"sample": x, "timestep": t, "encoder_hidden_states": c})["out_sample"]
+        session.deactivate()  # the base again, to the last bit
+    ```
+
+    All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
+    *factored* (activating copies the cores, a step costs a little more), a *bank* (every sample of a run takes an adapter of
+    its own), and merged ones, which take no adapters. A session starts as the base.
+
+    Every activation starts from the pristine base: what was active before leaves no trace. Where one fails, what was active
+    before it is made anew. Safe to use from several threads: a run sees one activation, whole; runs share the model, on CUDA
+    one after the other.
+
+    Args:
+        artifact: a folder of `trexport onnx`, or an opened one.
+        device: `cpu`, `cuda`, or `auto`.
+        capacity: how many adapters are kept in memory; those used least recently leave, and are read again when asked for. A
+            bank has its own number of places.
+        verify: check the hashes of the artifact's files; ignored for an opened one.
+
+    Raises:
+        ArtifactError: no such artifact, or a damaged one.
+        MissingError: ONNX Runtime or the device is not here.
+    """
+
+    def __init__(
+        self,
+        artifact: str | Path | Artifact,
+        device: str = "cpu",
+        *,
+        capacity: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, verify=verify)
+        self.device: Device = device_of(device)
+        self._form = form_of(self.artifact, self.device)
+        self._bank = self._form if isinstance(self._form, BankForm) else None
+        if self._bank is not None:
+            capacity = self._bank.places if capacity is None else min(capacity, self._bank.places)
+        self._store = AdapterStore(CAPACITY if capacity is None else capacity, self._open, self._prepare)
+        self._runner = self._load()
+        self._steppers: list[Runner] = []
+        self._lock = ReadWriteLock()
+        self._queue = threading.Lock() if self.device == "cuda" else contextlib.nullcontext()
+        self._active: list[tuple[Prepared, float]] = []
+        self._places: dict[str, tuple[int, Prepared]] = {}
+        """Of a bank: name → the place it lies in, from 0, and what lies there."""
+        self._broken: str | None = None
+        self._closed = False
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, adapter: str | Path) -> None:
+        """Read an adapter and keep it under a name. It changes nothing until it is activated, or named by a run of a bank.
+
+        Args:
+            adapter: a checkpoint's folder or file, or `sample:…`, `random:…`; `PATH=0.8` sets the strength that it has where
+                none is given.
+
+        Raises:
+            ArtifactError: it does not fit the graph, is for another base, or the artifact takes no adapters.
+            CheckpointError: a damaged one, or one with NaN.
+            UsageError: the name is active, or there is no room.
+        """
+        self._check_open()
+        active = self.active
+        if name in active:
+            raise UsageError(f"{name!r} is active; deactivate it before another adapter takes its name")
+        self._store.load(name, str(adapter), active)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `UsageError` where there is none of the name, or it is active."""
+        if name in self.active:
+            raise UsageError(f"{name!r} is active; deactivate it first")
+        self._store.forget(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters that were loaded."""
+        return self._store.names()
+
+    @property
+    def resident(self) -> list[str]:
+        """The names of those in memory, the least recently used first."""
+        return self._store.kept()
+
+    @property
+    def active(self) -> dict[str, float]:
+        """What is active, with its strengths; empty for the base."""
+        return {prepared.name: strength for prepared, strength in self._active}
+
+    def activate(self, strengths: Mapping[str, float | None]) -> None:
+        """Draw with these adapters from the next run on, and with no others.
+
+        Args:
+            strengths: name → strength; None for the adapter's own. The order does not matter.
+
+        Raises:
+            UsageError: a name that is not loaded, a strength that is no finite number, or more adapters than the graph
+                takes.
+            ArtifactError: the weights would not be finite, or an adapter's file has changed. What was active stays.
+        """
+        self._check_open()
+        if not strengths:
+            self.deactivate()
+            return
+        chosen = [(self._store.get(name, strengths), strength) for name, strength in strengths.items()]
+        wanted = [
+            (prepared, _strength(prepared.name, prepared.strength if strength is None else strength))
+            for prepared, strength in chosen
+        ]
+        self._write(wanted)
+
+    def deactivate(self) -> None:
+        """Draw as the base does, to the last bit."""
+        self._check_open()
+        self._write([])
+
+    # --- runs --------------------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The inputs and outputs, less those that choose adapters."""
+        io = self.artifact.manifest.io
+        chosen = (ADAPTER_INDEX, ADAPTER_STRENGTH)
+        return ModelSpec(tuple(tensor for tensor in io.inputs if tensor.name not in chosen), io.outputs)
+
+    def run(
+        self,
+        feeds: Mapping[str, Tensor],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        strengths: Sequence[float | None] | None = None,
+    ) -> dict[str, Tensor]:
+        """One step.
+
+        Args:
+            feeds: the UNet's inputs by name, on any device, in any floating dtype.
+            adapters: of a bank: for each sample the name of its adapter, None for the base; what is active, for all samples,
+                where it is not given.
+            strengths: one for each of `adapters`; None for the adapter's own.
+
+        Returns:
+            New tensors by output name, on the session's device.
+
+        Raises:
+            UsageError: inputs that the model does not take, an unknown adapter, or adapters for a model that is no bank.
+            RunError: ONNX Runtime broke off.
+        """
+        self._check_open()
+        given = self._checked(feeds)
+        if self._bank is None:
+            if adapters is not None or strengths is not None:
+                raise UsageError(
+                    "an adapter for each sample needs a bank (trexport onnx --factored --bank); use activate"
+                )
+            with self._lock.read():
+                return self._run(given)
+        if adapters is None:
+            if strengths is not None:
+                raise UsageError("strengths given without adapters")
+            return self._run_uniform(given)
+        batch = given["sample"].shape[0]
+        names, scales = _one_a_sample("adapters", adapters, batch), list(strengths or [None] * batch)
+        _one_a_sample("strengths", scales, batch)
+        distinct = [name for name in dict.fromkeys(names) if name is not None]
+        if len(distinct) > self._bank.places:
+            raise UsageError(f"{len(distinct)} adapters in one batch, this bank holds {self._bank.places}")
+        wanted = {name: self._store.get(name, distinct) for name in distinct}
+        chosen = [
+            0.0 if name is None else _strength(name, wanted[name].strength if scale is None else scale)
+            for name, scale in zip(names, scales, strict=True)
+        ]
+        with self._lock.read():
+            if all(self._lies(prepared) for prepared in wanted.values()):
+                return self._run(given | self._index(names, chosen))
+        with self._lock.write():  # and run before anybody else may put another adapter there
+            self._put(wanted)
+            return self._run(given | self._index(names, chosen))
+
+    def step(self, feeds: Mapping[str, Tensor]) -> Step:
+        """A step on fixed inputs, for measuring: with what is active when it runs (of a bank, when it was made). On CUDA it
+        is a graph, with a second copy of the model. It takes no lock: activate nothing while it runs."""
+        self._check_open()
+        given = self._checked(feeds)
+        if self._bank is not None:
+            with self._lock.write():
+                self._put({prepared.name: prepared for prepared, _ in self._active})
+            given |= self._uniform(self._active, given["sample"].shape[0])
+        if self.device == "cpu":
+            return self._runner.step(given)
+        self._steppers.append(self._load())  # a captured session runs on the tensors of its capture only
+        return self._steppers[-1].step(given)
+
+    def close(self) -> None:
+        """Free the model. Runs that are under way end first."""
+        with self._lock.write():
+            self._closed = True
+            for runner in [self._runner, *self._steppers]:
+                runner.close()
+            self._form = self._bank = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> Runner:
+        buffers = self._form.buffers if self._form is not None else {}
+        source = OnnxFile(self.artifact.onnx_path, self.artifact.manifest.io, buffers)
+        return BACKENDS["onnxruntime"].load(source, self.device)
+
+    def _open(self, argument: str) -> BoundAdapter:
+        (bound,) = open_for(self.artifact, [argument])
+        return bound
+
+    def _prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        assert self._form is not None  # `open_for` has refused an artifact that takes no adapters
+        return self._form.prepare(name, adapter)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the session is closed")
+
+    def _write(self, wanted: list[tuple[Prepared, float]]) -> None:
+        if self._form is None:
+            if wanted:
+                raise UsageError(f"{self.artifact.folder}: a {self.artifact.manifest.form} artifact takes no adapters")
+            return
+        with self._lock.write():
+            self._check_open()
+            try:
+                self._form.write(wanted)
+                if self._bank is not None:
+                    self._put({prepared.name: prepared for prepared, _ in wanted})
+            except BaseException as error:
+                self._restore(error)
+                raise
+            self._active, self._broken = wanted, None
+
+    def _restore(self, cause: BaseException) -> None:
+        assert self._form is not None
+        try:
+            self._form.write(self._active)
+        except BaseException as error:
+            self._broken = (
+                f"an activation failed ({cause}) and what was active before could not be made anew ({error}); "
+                "activate or deactivate again"
+            )
+            raise
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under the lock."""
+        self._check_open()
+        if self._broken is not None:
+            raise RunError(self._broken)
+        with self._queue:
+            return self._runner(feeds)
+
+    def _run_uniform(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A bank with what is active, for all samples."""
+        count = feeds["sample"].shape[0]
+        with self._lock.read():
+            active = list(self._active)
+            if all(self._lies(prepared) for prepared, _ in active):
+                return self._run({**feeds, **self._uniform(active, count)})
+        with self._lock.write():  # another batch has taken its place
+            active = list(self._active)
+            self._put({prepared.name: prepared for prepared, _ in active})
+            return self._run({**feeds, **self._uniform(active, count)})
+
+    def _uniform(self, active: Sequence[tuple[Prepared, float]], count: int) -> dict[str, Tensor]:
+        if not active:
+            return self._index([None] * count, [0.0] * count)
+        return self._index([active[0][0].name] * count, [active[0][1]] * count)
+
+    def _index(self, names: Sequence[str | None], strengths: Sequence[float]) -> dict[str, Tensor]:
+        places = [0 if name is None else self._places[name][0] + 1 for name in names]
+        return {
+            ADAPTER_INDEX: torch.tensor(places, dtype=torch.int64),
+            ADAPTER_STRENGTH: torch.tensor(list(strengths), dtype=torch.float32),
+        }
+
+    def _lies(self, prepared: Prepared) -> bool:
+        """Whether this very adapter lies in a place of the bank, not an older one of its name."""
+        return prepared.name in self._places and self._places[prepared.name][1] is prepared
+
+    def _put(self, wanted: Mapping[str, Prepared]) -> None:
+        """Under the lock for writing: adapters into places of the bank, those in use by nobody here giving way."""
+        bank = self._bank
+        assert bank is not None
+        for name, prepared in wanted.items():
+            if self._lies(prepared):
+                self._places[name] = self._places.pop(name)  # used just now: the last to give way
+                continue
+            taken = {place for place, _ in self._places.values()}
+            if name in self._places:
+                place, _ = self._places.pop(name)
+            elif len(taken) < bank.places:
+                place = next(place for place in range(bank.places) if place not in taken)
+            else:
+                place, _ = self._places.pop(next(other for other in self._places if other not in wanted))
+            bank.put(place, prepared)
+            self._places[name] = (place, prepared)
+
+    def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, each in its dtype. Raises `UsageError` for what the model does not take."""
+        spec = self.spec
+        wanted = {tensor.name: tensor for tensor in spec.inputs}
+        missing, unknown = wanted.keys() - feeds.keys(), feeds.keys() - wanted.keys()
+        if missing or unknown:
+            raise UsageError(f"inputs missing: {sorted(missing)}, unknown: {sorted(unknown)}; expected {list(wanted)}")
+        sizes: dict[str, int] = {}
+        given: dict[str, Tensor] = {}
+        for name, tensor in wanted.items():
+            value = torch.as_tensor(feeds[name])
+            fits = value.dim() == len(tensor.axes)
+            for axis, size in zip(tensor.axes, value.shape, strict=False):
+                expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+                fits = fits and size == expected and size > 0
+            if not fits:
+                axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
+                raise UsageError(f"{name}: shape {list(value.shape)} found, expected {axes}")
+            given[name] = value.to(DTYPES[tensor.dtype])
+        return given
+
+
+def _strength(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UsageError(f"{name}: strength {value!r}, expected a finite number")
+    return float(value)
+
+
+def _one_a_sample(what: str, items: Sequence[Any], batch: int) -> list[Any]:
+    if isinstance(items, str) or len(items) != batch:
+        raise UsageError(f"{len(items)} {what} given for {batch} samples, expected one for each")
+    return list(items)
