@@ -110,13 +110,28 @@ def cli() -> None:
     """Trained adapters of diffusion models to production: merge, export, prove equal, measure."""
 
 
+def _interrupt_on_signals() -> None:
+    """Let SIGTERM end a run as Ctrl-C does, and let no interrupt get lost: Python drops one that comes while an object is
+    being deleted, so it is sent again."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    def dropped(args: Any) -> None:
+        if isinstance(args.exc_value, KeyboardInterrupt) and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(args)
+
+    signal.signal(signal.SIGTERM, stop)
+    sys.unraisablehook = dropped
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point."""
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt  # so that a terminated run cleans up as an interrupted one does
-
-    signal.signal(signal.SIGTERM, stop)
+    _interrupt_on_signals()
     try:
         code = cli.main(args=args, prog_name="trexport", standalone_mode=False)
     except click.ClickException as error:
