@@ -77,4 +77,4 @@ def run_bench(folder: Path) -> dict[str, Any]:
     base, adapters = artifact.sources()
     options = BenchOptions(backends=("torch", "onnxruntime"), warm_up=1, iterations=5)
     onnx = OnnxFile(artifact.onnx_path, artifact.manifest.io)
-    return bench(base, adapters, onnx, "cpu", options).to_dict()
+    return bench(base, adapters, {"": onnx}, "cpu", options).to_dict()

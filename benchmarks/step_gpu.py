@@ -56,7 +56,7 @@ def run(source: Path, dtype: Dtype, opset: int | None, folder: Path) -> dict[str
         verdict = {"passed": None, "skipped": str(error)}
         print(f"  parity skipped: {error}")
     onnx = OnnxFile(artifact.onnx_path, artifact.manifest.io)
-    report = bench(base, adapters, onnx, "cuda", BenchOptions(dtype=dtype, warm_up=5, iterations=60))
+    report = bench(base, adapters, {"": onnx}, "cuda", BenchOptions(dtype=dtype, warm_up=5, iterations=60))
     for result in report.results:
         latency = result.latency
         print(

@@ -114,6 +114,15 @@ def test_a_residual_is_its_delta(member: Member) -> None:
         close(residual(x), x @ delta.T)
 
 
+@each_residual
+def test_a_residual_is_its_two_factors(member: Member) -> None:
+    residual = trained(adapter_of(None, member).residual)
+    left, right = residual.low_rank()
+    assert left.shape[0] == OUT
+    assert right.shape[0] == IN
+    close(left.double() @ right.double().T, residual.delta().double())
+
+
 @each_transform
 def test_a_trained_transform_is_no_longer_the_identity(member: Member) -> None:
     """Guards the other laws: they would say little about members that random parameters leave at their start."""

@@ -18,7 +18,7 @@ from trexport.bench.report import BackendResult, BenchReport
 from trexport.bench.roofline import measure_ceiling, work_of
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
-from trexport.errors import MissingError
+from trexport.errors import MissingError, UsageError
 from trexport.io_spec import FREE_AXES, Dtype, ModelSpec, default_sizes, unet_spec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
@@ -45,24 +45,24 @@ class BenchOptions:
 def bench(
     base: Base,
     adapters: Sequence[BoundAdapter],
-    onnx: OnnxFile | None,
+    onnx: Mapping[str, OnnxFile],
     device: Device,
     options: BenchOptions | None = None,
     *,
     progress: Progress = SILENT,
 ) -> BenchReport:
-    """Measure one UNet step in every backend, merged adapters in all of them, interleaved in one run.
+    """Measure one UNet step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
 
     All models are loaded at once; on CUDA each step is a CUDA graph on resident buffers.
 
     Args:
-        onnx: the exported model, for the backends that take one.
+        onnx: exported models by what to call them, for the backends that take one; a single one may be called ``.
 
     Raises:
         MissingError: no backend could run, or one could not and `skip_missing` is off.
     """
     options = options or BenchOptions()
-    sizes = default_sizes(base.config) | (onnx.spec.fixed_sizes() if onnx else {}) | dict(options.sizes or {})
+    sizes = default_sizes(base.config) | _fixed(onnx) | dict(options.sizes or {})
     spec = unet_spec(base.config, options.dtype)
     feeds = random_feeds(spec, {axis: sizes[axis] for axis in FREE_AXES}, seed=0)
     ceiling = measure_ceiling(device, options.dtype)
@@ -72,18 +72,19 @@ def bench(
     loaded: dict[str, tuple[float, int]] = {}
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
+        sources: dict[str, tuple[str, Source]] = {}
         for name in options.backends:
-            backend = backend_of(name)
-            if backend.consumes is OnnxFile and onnx is None:
+            if backend_of(name).consumes is not OnnxFile:
+                sources[name] = (name, TorchModel(base, adapters, options.dtype))
+            elif not onnx:
                 skipped[name] = "needs an exported model: give an artifact of trexport onnx"
-                continue
-            source: Source = (
-                onnx if backend.consumes is OnnxFile and onnx else TorchModel(base, adapters, options.dtype)
-            )
+            for label, file in onnx.items() if backend_of(name).consumes is OnnxFile else ():
+                sources[f"{name}, {label}" if label else name] = (name, file)
+        for name, (backend, source) in sources.items():
             try:
                 with progress.task(f"load {name}"), PeakMemory(device) as memory:
                     start = time.perf_counter()
-                    steps[name] = stack.enter_context(backend.load(source, device)).step(feeds)
+                    steps[name] = stack.enter_context(backend_of(backend).load(source, device)).step(feeds)
                     steps[name].run()
                     if device == "cuda":
                         torch.cuda.synchronize()
@@ -125,6 +126,16 @@ def bench(
         environment=environment(device),
         skipped=skipped,
     )
+
+
+def _fixed(onnx: Mapping[str, OnnxFile]) -> dict[str, int]:
+    """The sizes that exported models fix. Raises `UsageError` where they fix others."""
+    fixed: dict[str, int] = {}
+    for label, file in onnx.items():
+        for axis, size in file.spec.fixed_sizes().items():
+            if fixed.setdefault(axis, size) != size:
+                raise UsageError(f"{label}: {axis} is fixed at {size}, another artifact fixes it at {fixed[axis]}")
+    return fixed
 
 
 def _output(step: Step, spec: ModelSpec) -> torch.Tensor:

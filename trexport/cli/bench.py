@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -45,15 +46,19 @@ def command(
     """Measure one UNet step in several backends, side by side in one run.
 
     TARGET is an artifact of `trexport onnx`, which brings its base and adapters along, or a BASE with ADAPTERs for the
-    backends that need no artifact. Latencies are medians with p10 and p90; on CUDA, device time of a CUDA graph on
-    resident buffers. Ratios are to the first backend.
+    backends that need no artifact. Several artifacts of one base, merged, factored or swappable, are measured side by side,
+    swaps of adapters too, and it is said from how many swaps an hour, and adapters, which form wins.
+
+    Latencies are medians with p10 and p90; on CUDA, device time of a CUDA graph on resident buffers. Ratios are to the first
+    backend.
     """
-    from trexport.artifact import open_artifact
-    from trexport.backends import BACKENDS, OnnxFile, backend_of, device_of
+    from trexport.artifact import Artifact, open_artifact
+    from trexport.backends import BACKENDS, backend_of, device_of
+    from trexport.bench.forms import FormsReport, cost_of, file_for, form_name, report_forms
     from trexport.bench.report import plot
     from trexport.bench.run import BenchOptions, bench
     from trexport.cli.console import print_json, progress_for
-    from trexport.cli.show import show_bench
+    from trexport.cli.show import show_bench, show_forms
     from trexport.errors import UsageError
     from trexport.jsonable import finite
     from trexport.manifest import MANIFEST_NAME
@@ -66,21 +71,35 @@ def command(
     if out is not None:
         check_free(out, overwrite=overwrite)
     progress = progress_for(as_json)
-    onnx: OnnxFile | None = None
+    artifacts: list[Artifact] = []
     chosen = dtype
     if (Path(target) / MANIFEST_NAME).is_file():
-        if adapters:
-            raise UsageError("an artifact has its adapters in it; give a BASE to measure other ones")
-        artifact = open_artifact(target, progress=progress)
-        source, bound = artifact.sources(base, moved, progress=progress)
-        chosen = dtype or artifact.manifest.dtype
-        if chosen != artifact.manifest.dtype:
-            raise UsageError(f"--dtype {dtype} given, the artifact is {artifact.manifest.dtype}; export another")
-        if artifact.manifest.kind == "onnx":
-            onnx = OnnxFile(artifact.onnx_path, artifact.manifest.io)
+        for name in (target, *adapters):
+            if not (Path(name) / MANIFEST_NAME).is_file():
+                raise UsageError(
+                    f"{name}: no artifact; an artifact has its adapters in it, give a BASE to measure other ones"
+                )
+            artifacts.append(open_artifact(name, progress=progress))
+        first = next((artifact for artifact in artifacts if artifact.manifest.adapters), artifacts[0])
+        for artifact in artifacts:
+            if artifact.manifest.base.content_hash != first.manifest.base.content_hash:
+                raise UsageError(f"{artifact.folder}: made from another base than {first.folder}")
+            if artifact.manifest.dtype != (chosen or first.manifest.dtype):
+                expected = chosen or first.manifest.dtype
+                raise UsageError(
+                    f"{artifact.folder}: in {artifact.manifest.dtype}, expected {expected}; export another"
+                )
+        chosen = first.manifest.dtype
+        source, bound = first.sources(base, moved, progress=progress)
     else:
         source = open_base(target)
         bound = open_adapters(adapters, source)
+    where = device_of(device)
+    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind == "onnx"]
+    several = len(exported) > 1
+    onnx = {form if several else "": file for form, _, file in exported}
+    if len(onnx) < len(exported):
+        raise UsageError("two artifacts of the same form given; give one of each")
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     options = BenchOptions(
         backends=backends or tuple(BACKENDS),
@@ -90,16 +109,26 @@ def command(
         iterations=iterations,
         skip_missing=not backends,
     )
-    report = bench(source, bound, onnx, device_of(device), options, progress=progress)
+    report = bench(source, bound, onnx, where, options, progress=progress)
+    forms: FormsReport | None = None
+    if several:
+        results = {result.backend: result for result in report.results}
+        rows = [(artifact, results.get(f"onnxruntime, {form}")) for form, artifact, _ in exported]
+        forms = report_forms(
+            [cost_of(artifact, bound, where, result) for artifact, result in rows if result is not None]
+        )
+    fields = report.to_dict() | ({"forms": asdict(forms)} if forms is not None else {})
     if out is not None:
         with atomic_folder(out, overwrite=overwrite) as folder:
             (folder / "bench.json").write_text(
-                json.dumps(finite(report.to_dict()), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+                json.dumps(finite(fields), indent=2, allow_nan=False) + "\n", encoding="utf-8"
             )
             plot(report, folder / "bench.png")
     if as_json:
-        print_json(report.to_dict())
+        print_json(fields)
     else:
         show_bench(report)
+        if forms is not None:
+            show_forms(forms)
         if out is not None:
             click.echo(f"written: {out}")

@@ -29,7 +29,7 @@ def command(out: Path, overwrite: bool, adapters: tuple[str, ...], as_json: bool
     writes a report with the pictures: OUT/report.html.
     """
     from trexport.cli.console import print_json, progress_for
-    from trexport.cli.show import show_bench, show_parity_summary
+    from trexport.cli.show import show_bench, show_forms, show_parity_summary
     from trexport.demo.run import REPORT_NAME, run_demo
     from trexport.errors import ParityError
 
@@ -46,6 +46,7 @@ def command(out: Path, overwrite: bool, adapters: tuple[str, ...], as_json: bool
     else:
         show_parity_summary(result.parity)
         show_bench(result.bench)
+        show_forms(result.forms)
         click.echo(f"report: {(out / REPORT_NAME).resolve()}")
     if not result.passed:
         raise ParityError("parity not met: see the report")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import click
 
+from trexport.bench.forms import FormsReport
 from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
 from trexport.graph.factored import Factored
@@ -92,6 +93,25 @@ def show_bench(report: BenchReport) -> None:
             click.echo(f"{result.backend}: {result.note}")
     for name, reason in report.skipped.items():
         click.echo(f"skipped {name}: {reason}")
+
+
+def show_forms(report: FormsReport) -> None:
+    """What `trexport bench` says of several forms."""
+    rows = [
+        (
+            cost.form,
+            f"{cost.step_ms:.3f}",
+            f"{cost.swap_ms:.3f}",
+            gigabytes(cost.model_bytes),
+            gigabytes(cost.adapter_bytes),
+            report.adapters.get(cost.form, ""),
+        )
+        for cost in report.costs
+    ]
+    columns = ["", "step ms", "swap ms", "model", "each adapter", "smaller from n adapters"]
+    print_table("forms", columns, rows)
+    for swaps, form in report.winners:
+        click.echo(f"from {swaps:,.0f} swaps an hour on, on a busy device: {form}")
 
 
 def show_parity_summary(reports: Mapping[str, ParityReport]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from trexport.bench.forms import FormsReport
 from trexport.bench.report import BenchReport
 from trexport.demo.pictures import data_url
 from trexport.parity.report import ParityReport
@@ -25,6 +26,7 @@ def report_html(
     pictures: Mapping[str, tuple[str, Mapping[str, bytes]]],
     parity: Sequence[tuple[str, ParityReport]],
     bench: BenchReport,
+    forms: FormsReport,
     plot_png: bytes,
     versions: Mapping[str, str],
 ) -> str:
@@ -34,6 +36,7 @@ def report_html(
         pictures: adapter → (its description, row's name → PNG).
         parity: pairs of what was checked and its report.
         bench: the latencies, with `plot_png` as their plot.
+        forms: what each form of the model costs.
         versions: of the packages used.
     """
     parts = [
@@ -51,6 +54,8 @@ def report_html(
         "<h2>Latency</h2>",
         f"<img class=plot alt='latency of each backend' src='{data_url(plot_png)}'>",
         _bench(bench),
+        "<h2>Which form</h2>",
+        _forms(forms),
         "<h2>Made with</h2>",
         f"<p class=note>{escape(', '.join(f'{name} {version}' for name, version in versions.items()))}</p>",
     ]
@@ -109,6 +114,23 @@ def _bench(report: BenchReport) -> str:
     )
     skipped = "".join(f"<p class=note>skipped {escape(k)}: {escape(v)}</p>" for k, v in report.skipped.items())
     return _table(head, rows) + f"<p class=note>{escape(note)}</p>" + skipped
+
+
+def _forms(report: FormsReport) -> str:
+    head = ["form", "step ms", "swap ms", "model MB", "each adapter MB", "smaller than merged models from n adapters"]
+    rows = [
+        [
+            escape(cost.form),
+            f"{cost.step_ms:.2f}",
+            f"{cost.swap_ms:.2f}",
+            f"{cost.model_bytes / 1e6:.1f}",
+            f"{cost.adapter_bytes / 1e6:.2f}",
+            str(report.adapters.get(cost.form, "")),
+        ]
+        for cost in report.costs
+    ]
+    wins = [f"from {swaps:,.0f} swaps an hour on: {escape(form)}" for swaps, form in report.winners]
+    return _table(head, rows) + f"<p class=note>Most steps on a busy device, {'; '.join(wins)}.</p>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

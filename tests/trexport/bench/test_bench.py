@@ -72,7 +72,7 @@ def report(onnx_artifact: Artifact) -> BenchReport:
     base, adapters = onnx_artifact.sources()
     onnx = OnnxFile(onnx_artifact.onnx_path, onnx_artifact.manifest.io)
     options = BenchOptions(backends=("torch", "onnxruntime"), sizes=SIZES, warm_up=1, iterations=5)
-    return bench(base, adapters, onnx, "cpu", options)
+    return bench(base, adapters, {"": onnx}, "cpu", options)
 
 
 def test_a_report_holds_what_a_reader_needs(report: BenchReport) -> None:
@@ -99,8 +99,8 @@ def test_the_plot_is_a_png(report: BenchReport, tmp_path: Path) -> None:
 
 def test_what_cannot_run_is_skipped_or_refused(base: Base) -> None:
     options = BenchOptions(backends=("torch", "onnxruntime"), sizes=SIZES, warm_up=0, iterations=1)
-    report = bench(base, [], None, "cpu", options)
+    report = bench(base, [], {}, "cpu", options)
     assert [result.backend for result in report.results] == ["torch"]
     assert set(report.skipped) == {"onnxruntime"}
     with pytest.raises(MissingError):
-        bench(base, [], None, "cpu", BenchOptions(backends=("onnxruntime",), sizes=SIZES))
+        bench(base, [], {}, "cpu", BenchOptions(backends=("onnxruntime",), sizes=SIZES))
