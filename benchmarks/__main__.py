@@ -7,16 +7,21 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import factored_sd15, merge_sd15, onnx_sd15, step_gpu
+from benchmarks import forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
 
 # name → (what it measures, needs CUDA, function)
 BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
     "merge": ("merge of random:sd15 against copying its file; memory", False, merge_sd15.main),
     "onnx": ("ONNX export of random:sd15: seconds, memory, parity, step against torch", False, onnx_sd15.main),
-    "factored": (
-        "a step of the factored form of random:sd15 against the merged; size, parity",
+    "forms": (
+        "factored, swappable and bank of random:sd15 against merged and PEFT: step, swap, size, parity",
         False,
-        factored_sd15.main,
+        forms_sd15.main,
+    ),
+    "forms-gpu": (
+        "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
+        True,
+        forms_gpu.main,
     ),
     "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
 }

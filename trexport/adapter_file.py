@@ -18,7 +18,7 @@ from trexport.backends.onnxruntime import read_adapter_file, write_adapter_file
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.check import load_graph
 from trexport.graph.factored import Factored, tensors_of
-from trexport.graph.ops.slots import STRENGTH, Slot, stacked
+from trexport.graph.ops.slots import STRENGTH, Slot, banked, stacked
 from trexport.graph.swappable import Swappable
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trlora.files import atomic_file
@@ -96,7 +96,7 @@ def fingerprint(artifact: Artifact) -> int:
     so that one for another artifact is told by it."""
     content = [artifact.manifest.base.content_hash, [slot.to_dict() for slot in slots_of(artifact)]]
     if artifact.manifest.factored is None or factored_of(artifact).bank is not None:
-        content.append(artifact.manifest.form)  # stacked tensors
+        content.append([artifact.manifest.form, (artifact.manifest.factored or {}).get("bank")])  # stacked tensors
     return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:4], "little") >> 1
 
 
@@ -162,6 +162,11 @@ def write_adapters(
         raise UsageError("no adapter given")
     if out.suffix not in SUFFIXES:
         raise UsageError(f"{out}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if out.suffix == ".onnx_adapter" and artifact.manifest.swappable is not None:
+        raise UsageError(
+            f"{out}: ONNX Runtime's adapter files override initialisers, and merge.onnx of a swappable artifact has none to "
+            "override; write .safetensors, or load the adapter itself into a trexport.session.Session"
+        )
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; choose another name, or pass --overwrite")
     tensors = adapter_tensors(artifact, adapters)
@@ -217,5 +222,5 @@ def _neutral(artifact: Artifact) -> dict[str, Tensor]:
         return stacked(slot, [], 1) | {STRENGTH: torch.ones(1)}
     factored = factored_of(artifact)
     if factored.bank is not None:
-        return stacked(factored.slots[0], [], factored.bank)
+        return banked(factored.slots[0], [], factored.bank)
     return {name: tensor for slot in factored.slots for name, tensor in slot.neutral().items()}

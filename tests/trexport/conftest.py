@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.trexport.helpers import write_unet
+from tests.trexport.helpers import SIZES, write_unet
 from trexport.artifact import Artifact, open_artifact
 from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.factored import FactoredOptions
+from trexport.graph.swappable import SwappableOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
 from trlora import save_adapter
@@ -59,6 +62,51 @@ def half_artifact(tmp_path_factory: pytest.TempPathFactory, base: Base, adapter_
     fixed = {"batch_size": 2, "height": 8, "width": 12, "sequence_length": 5}
     export_onnx(base, open_adapters([str(adapter_folder)], base), folder, ExportOptions("fp16", fixed=fixed))
     return open_artifact(folder)
+
+
+SHAPES = ("random:tlora:2:6", "random:lora:3")
+
+
+@pytest.fixture(scope="session")
+def swappable(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Artifact:
+    """Swappable, for TLoRA(2,6) and LoRA 3 and what is smaller, blank, of fixed `SIZES`."""
+    folder = tmp_path_factory.mktemp("onnx") / "swappable"
+    options = ExportOptions(swappable=SwappableOptions(blank=True), fixed=SIZES)
+    export_onnx(base, open_adapters(SHAPES, base), folder, options)
+    return open_artifact(folder)
+
+
+@pytest.fixture(scope="session")
+def two_slots(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Artifact:
+    """Factored, a slot for TLoRA(2,6) and one for LoRA 3, blank, of fixed `SIZES`."""
+    folder = tmp_path_factory.mktemp("onnx") / "two_slots"
+    options = ExportOptions(factored=FactoredOptions(blank=True), fixed=SIZES)
+    export_onnx(base, open_adapters(SHAPES, base), folder, options)
+    return open_artifact(folder)
+
+
+@pytest.fixture(scope="session")
+def bank(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Artifact:
+    """A bank of two places for TLoRA(2,6), blank, the batch free."""
+    folder = tmp_path_factory.mktemp("onnx") / "bank"
+    fixed = {axis: size for axis, size in SIZES.items() if axis != "batch_size"}
+    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=fixed)
+    export_onnx(base, open_adapters(SHAPES[:1], base), folder, options)
+    return open_artifact(folder)
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
+    """An adapter of finite tensors whose products are not."""
+    folder = tmp_path_factory.mktemp("adapter") / "overflowing"
+    (bound,) = open_adapters(["random:tlora:2:6"], base)
+    with torch.no_grad():
+        for parts in bound.adapter.layers.values():
+            for part in (parts.transform, parts.residual):
+                for parameter in part.parameters() if part is not None else ():
+                    parameter *= 1e15
+    save_adapter(bound.adapter, folder)
+    return folder
 
 
 @pytest.fixture

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
+from trexport.artifact import Artifact, open_artifact
 from trexport.cli import main
+from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, Base
+from trexport.models.unet import attach_all_, call_unet, load_unet
 from trlora import load_adapter
 
 SIZES = {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 5}
@@ -51,10 +58,49 @@ def merged_in_float64(base: Base, adapters: Sequence[tuple[Path, float]]) -> dic
     return result | {name: result[name] @ turns[name] + changes[name] for name in turns}
 
 
+def drawn_by_torch(base: Base, adapters: Sequence[str], feeds: Mapping[str, Tensor]) -> Tensor:
+    """One step of the diffusers model with adapters attached, never merged."""
+    model = load_unet(base)
+    attach_all_(model, open_adapters(adapters, base))
+    with torch.inference_mode():
+        return call_unet(model, feeds)
+
+
 def copy_of(folder: Path, target: Path) -> Path:
     """A copy that a test may damage."""
     shutil.copytree(folder, target)
     return target
+
+
+def damaged(artifact: Artifact, folder: Path, name: str, change: float, entry: int = 7) -> Artifact:
+    """A copy of an artifact with one entry of an initialiser changed."""
+    copy_of(artifact.folder, folder)
+    path = folder / "unet" / "model.onnx"
+    model = onnx.load(path)
+    (tensor,) = [i for i in model.graph.initializer if i.name == name]
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[entry] += change
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+    onnx.save(model, path)
+    return open_artifact(folder, verify=False)
+
+
+def run_onnx(
+    path: Path, feeds: Mapping[str, Tensor], outputs: list[str] | None = None, adapter: Path | None = None
+) -> dict[str, Tensor]:
+    """A model in ONNX Runtime, with nothing of ours around it."""
+    settings, options = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
+    settings.log_severity_level = 4
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    if adapter is not None:
+        loaded = onnxruntime.LoraAdapter()
+        loaded.Load(str(adapter))
+        options.add_active_adapter(loaded)
+    names = outputs or [output.name for output in session.get_outputs()]
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+    found = session.run(names, arrays, options)
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, found, strict=True)}
 
 
 def run_cli(arguments: Sequence[str | Path]) -> int:

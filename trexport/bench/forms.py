@@ -109,7 +109,7 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         start = time.perf_counter()
         if isinstance(form, BankForm):
-            form.put(0, prepared[0][0])
+            form.put(1, prepared[0][0])
         else:
             form.write(prepared)
         _finish(device)

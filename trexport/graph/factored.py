@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trexport.errors import UsageError
 from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
-from trexport.graph.ops.slots import Slot, joined_slot, slots_for, stacked
+from trexport.graph.ops.slots import Slot, banked, joined_slot, slots_for
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.models.unet import rows_of_layers
@@ -45,7 +45,7 @@ class Factored:
     plan_for: str
     blank: bool
     bank: int | None = None
-    """The places of a bank. Its tensors are stacked along a first axis of so many."""
+    """The places of a bank. Its tensors are stacked along a first axis of one more: place 0 is for no adapter."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -100,8 +100,8 @@ def plan_factored(
 def tensors_of(factored: Factored, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
     """The graph's inputs for adapters, the k-th in the k-th slot; slots that are left are at strength zero.
 
-    Of a bank, the stacks with the k-th adapter in the k-th place (which `adapter_index` calls k + 1), neutral places after
-    them; strengths are not in it.
+    Of a bank, the stacks: place 0 is neutral, the k-th adapter, counted from 1, is in place k, neutral places after them;
+    strengths are not in it.
 
     Raises:
         UsageError: more adapters than slots.
@@ -113,7 +113,7 @@ def tensors_of(factored: Factored, adapters: Sequence[BoundAdapter]) -> dict[str
     tensors: dict[str, Tensor] = {}
     if bank is not None:
         (slot,) = slots
-        return stacked(slot, [slot.tensors(a.layers, a.strength, a.name) for a in adapters], bank)
+        return banked(slot, [slot.tensors(a.layers, a.strength, a.name) for a in adapters], bank)
     for number, slot in enumerate(slots):
         if number < len(adapters):
             adapter = adapters[number]
@@ -128,7 +128,7 @@ def default_tensors(factored: Factored, adapters: Sequence[BoundAdapter]) -> dic
     if not factored.blank:
         return tensors_of(factored, adapters)
     if factored.bank is not None:
-        return stacked(factored.slots[0], [], factored.bank)
+        return banked(factored.slots[0], [], factored.bank)
     tensors: dict[str, Tensor] = {}
     for slot in factored.slots:
         tensors |= slot.neutral()

@@ -18,7 +18,7 @@ from trexport.backends import Device
 from trexport.backends.onnxruntime import bound_run, open_session
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.factored import Factored, tensors_of
-from trexport.graph.ops.slots import STRENGTH, Slot, stacked
+from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
 from trexport.models.adapters import BoundAdapter
 
@@ -110,13 +110,11 @@ class FactoredForm(AdapterForm):
             raise UsageError(f"{names} do not fit into this graph's slots together; export for them")
         taken = {place: given for place, given in zip(places, active, strict=True)}
         for number, slot in enumerate(self._slots):
-            if number not in taken:
-                self.buffers[slot.strength].zero_()
-                continue
-            prepared, strength = taken[number]
-            for name, tensor in prepared.fits[number].items():
+            # strength zero alone would not silence cores whose products overflow
+            tensors = taken[number][0].fits[number] if number in taken else slot.neutral()
+            for name, tensor in tensors.items():
                 self.buffers[name].copy_(tensor)
-            self.buffers[slot.strength].fill_(strength)
+            self.buffers[slot.strength].fill_(taken[number][1] if number in taken else 0.0)
 
 
 @final
@@ -163,7 +161,7 @@ class BankForm(AdapterForm):
         assert factored.bank is not None
         self.places = factored.bank
         (self._slot,) = factored.slots
-        self.buffers = {name: tensor.to(device) for name, tensor in stacked(self._slot, [], factored.bank).items()}
+        self.buffers = {name: tensor.to(device) for name, tensor in banked(self._slot, [], factored.bank).items()}
 
     def slots(self) -> Sequence[Slot]:
         return [self._slot]
@@ -173,7 +171,7 @@ class BankForm(AdapterForm):
             raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")
 
     def put(self, place: int, prepared: Prepared) -> None:
-        """Copy an adapter into a place, counted from 0."""
+        """Copy an adapter into a place, counted from 1: place 0 is for none."""
         for name, tensor in prepared.fits[0].items():
             self.buffers[name][place].copy_(tensor)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -25,6 +25,7 @@ from trexport.session.forms import BankForm, Prepared, form_of
 from trexport.session.lock import ReadWriteLock
 
 CAPACITY = 16
+_GREATEST = torch.finfo(torch.float32).max
 
 
 @final
@@ -50,8 +51,8 @@ class Session:
     Args:
         artifact: a folder of `trexport onnx`, or an opened one.
         device: `cpu`, `cuda`, or `auto`.
-        capacity: how many adapters are kept in memory; those used least recently leave, and are read again when asked for. A
-            bank has its own number of places.
+        capacity: how many adapters are kept in memory, beside the active ones; those used least recently leave, and are read
+            again when asked for. A bank has its own number of places.
         verify: check the hashes of the artifact's files; ignored for an opened one.
 
     Raises:
@@ -80,7 +81,7 @@ class Session:
         self._queue = threading.Lock() if self.device == "cuda" else contextlib.nullcontext()
         self._active: list[tuple[Prepared, float]] = []
         self._places: dict[str, tuple[int, Prepared]] = {}
-        """Of a bank: name → the place it lies in, from 0, and what lies there."""
+        """Of a bank: name → the place it lies in, from 1, and what lies there."""
         self._broken: str | None = None
         self._closed = False
 
@@ -106,6 +107,7 @@ class Session:
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises `UsageError` where there is none of the name, or it is active."""
+        self._check_open()
         if name in self.active:
             raise UsageError(f"{name!r} is active; deactivate it first")
         self._store.forget(name)
@@ -197,8 +199,8 @@ class Session:
                 raise UsageError("strengths given without adapters")
             return self._run_uniform(given)
         batch = given["sample"].shape[0]
-        names, scales = _one_a_sample("adapters", adapters, batch), list(strengths or [None] * batch)
-        _one_a_sample("strengths", scales, batch)
+        names, scales = _one_a_sample("adapters", adapters, batch), [None] * batch if strengths is None else strengths
+        scales = _one_a_sample("strengths", scales, batch)
         distinct = [name for name in dict.fromkeys(names) if name is not None]
         if len(distinct) > self._bank.places:
             raise UsageError(f"{len(distinct)} adapters in one batch, this bank holds {self._bank.places}")
@@ -316,7 +318,7 @@ class Session:
         return self._index([active[0][0].name] * count, [active[0][1]] * count)
 
     def _index(self, names: Sequence[str | None], strengths: Sequence[float]) -> dict[str, Tensor]:
-        places = [0 if name is None else self._places[name][0] + 1 for name in names]
+        places = [0 if name is None else self._places[name][0] for name in names]
         return {
             ADAPTER_INDEX: torch.tensor(places, dtype=torch.int64),
             ADAPTER_STRENGTH: torch.tensor(list(strengths), dtype=torch.float32),
@@ -338,7 +340,7 @@ class Session:
             if name in self._places:
                 place, _ = self._places.pop(name)
             elif len(taken) < bank.places:
-                place = next(place for place in range(bank.places) if place not in taken)
+                place = next(place for place in range(1, bank.places + 1) if place not in taken)
             else:
                 place, _ = self._places.pop(next(other for other in self._places if other not in wanted))
             bank.put(place, prepared)
@@ -367,8 +369,8 @@ class Session:
 
 
 def _strength(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UsageError(f"{name}: strength {value!r}, expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= _GREATEST:  # NaN is not
+        raise UsageError(f"{name}: strength {value!r}, expected a number that is finite in float32")
     return float(value)
 
 

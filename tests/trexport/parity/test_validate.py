@@ -7,12 +7,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
-from tests.trexport.helpers import SIZES, copy_of
+from tests.trexport.helpers import SIZES, damaged
 from trexport.artifact import Artifact, open_artifact
 from trexport.errors import TrexportError
 from trexport.graph.export import ExportOptions, export_onnx
@@ -29,19 +27,6 @@ QUICK = ValidateOptions(timesteps=(10, 700), seeds=(0,), trajectory_steps=3, siz
 
 def check(artifact: Artifact, options: ValidateOptions = QUICK) -> ParityReport:
     return validate(artifact, *artifact.sources(), "cpu", options)
-
-
-def damaged(artifact: Artifact, folder: Path, name: str, change: float) -> Artifact:
-    """The artifact with one entry of an initialiser changed."""
-    copy_of(artifact.folder, folder)
-    path = folder / "unet" / "model.onnx"
-    model = onnx.load(path)
-    (tensor,) = [i for i in model.graph.initializer if i.name == name]
-    values = numpy_helper.to_array(tensor).copy()
-    values.flat[7] += change
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
-    onnx.save(model, path)
-    return open_artifact(folder, verify=False)
 
 
 def test_an_onnx_artifact_passes_over_timesteps_shapes_and_a_trajectory(onnx_artifact: Artifact) -> None:

@@ -150,6 +150,13 @@ class Slot:
         return cls(fields["prefix"], layers)
 
 
+def banked(slot: Slot, adapters: Sequence[Mapping[str, Tensor]], places: int) -> dict[str, Tensor]:
+    """The stacks of a bank: a neutral place for samples without an adapter, then `places` for adapters, those that are left
+    neutral. The first is there because strength zero alone would not silence an adapter whose products overflow."""
+    neutral = slot.neutral()
+    return stacked(slot, [neutral, *adapters], 1 + places)
+
+
 def stacked(slot: Slot, adapters: Sequence[Mapping[str, Tensor]], places: int) -> dict[str, Tensor]:
     """Adapters' tensors along a new first axis, neutral ones in the places that are left; strengths are not in it.
 

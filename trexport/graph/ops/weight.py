@@ -10,7 +10,7 @@ made of.
 | then the tensors of the transforms and of the residuals | (adapters, …): stacked | float32 |
 
 Output Y (out, in), type T: computed in float32 and cast once. T is float, float16 or bfloat16. At strength zero it is W, to
-the last bit. The tensors of each member: see `trexport.graph.ops`.
+the last bit (but for the sign of a zero). The tensors of each member: see `trexport.graph.ops`.
 """
 
 from __future__ import annotations

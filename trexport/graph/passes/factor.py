@@ -30,8 +30,8 @@ def factor(
     """Put one operator in the place of every linear layer that `plan` names; in place.
 
     Args:
-        bank: how many adapters the tensors are stacks of, of which every sample takes its own; this adds the graph inputs
-            `adapter_index` and `adapter_strength`.
+        bank: how many adapters the tensors are stacks of, after a neutral place, of which every sample takes its own; this
+            adds the graph inputs `adapter_index` and `adapter_strength`.
         tensors: the defaults of every slot's inputs, float32; they become overridable initialisers, which are graph inputs
             with a value.
 
@@ -87,9 +87,9 @@ def factor(
 
 
 def _select(model: ir.Model, bank: int) -> list[ir.Value]:
-    """The inputs `adapter_index`, where 0 is no adapter and k the k-th of the stacks, and `adapter_strength`, made into
-    places in the stacks and effective strengths. An index outside the bank becomes a place outside the stacks, never
-    another adapter: ONNX Runtime refuses it on the CPU; on CUDA its kernels do not look."""
+    """The inputs `adapter_index`, which is a place in the stacks, and `adapter_strength`, made into places and effective
+    strengths: at place 0 there is no adapter whatever its strength. A negative index becomes a place outside the stacks,
+    never another adapter: ONNX Runtime refuses it on the CPU; on CUDA its kernels do not look."""
     batch = next(value for value in model.graph.inputs if value.name == "sample").shape
     assert batch is not None
     axes = ir.Shape([batch[0]])
@@ -97,10 +97,9 @@ def _select(model: ir.Model, bank: int) -> list[ir.Value]:
     strength = ir.val(ADAPTER_STRENGTH, dtype=ir.DataType.FLOAT, shape=axes)
     model.graph.inputs.extend([index, strength])
     body = Body("fp32")
-    zero, one, outside = body.ints([0]), body.ints([1]), body.ints([bank])
+    zero, outside = body.ints([0]), body.ints([bank + 1])
     none = body.op("Equal", index, zero)
-    place = body.op("Where", none, zero, body.op("Sub", index, one))
-    place = body.op("Where", body.op("Less", index, zero), outside, place)
+    place = body.op("Where", body.op("Less", index, zero), outside, index)
     scale = body.op("Where", none, body.op("CastLike", zero, strength), strength)
     for node in body.nodes:
         for output in node.outputs:
