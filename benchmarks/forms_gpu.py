@@ -39,7 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Export, prove, switch, measure, keep."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as name:
-        base = open_base(str(write_base(Path(name) / "sd15", os.environ.get("BENCH_BASE", "random:sd15"))))
+        source = os.environ.get("BENCH_BASE", "random:sd15")
+        base = open_base(str(write_base(Path(name) / "sd15", source)))
         fields = run(base, Path(name))
         keep(
             "forms_gpu_fp16",
@@ -77,7 +78,7 @@ def run(base: Base, folder: Path) -> dict[str, Any]:
     costs = [cost_of(a, adapters, "cuda", results[f"onnxruntime, {form}"]) for form, a in artifacts.items()]
     for cost in costs:
         print(cost, flush=True)
-    return fields | {"bench": report.to_dict() | {"model": "random:sd15"}, "forms": asdict(report_forms(costs))}
+    return fields | {"bench": report.to_dict(), "forms": asdict(report_forms(costs))}
 
 
 def switch(folder: Path) -> dict[str, bool]:

@@ -35,7 +35,7 @@ from trexport.models.unet import call_unet, load_unet, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session.forms import SwappableForm, form_of
 
-ITERATIONS = int(os.environ.get("BENCH_ITERATIONS", "7"))
+ITERATIONS = int(os.environ.get("BENCH_ITERATIONS", "5"))
 BATCH = 8
 LORA_RANK = 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -103,7 +103,7 @@ def bound_run(
     *,
     release_memory: bool = False,
 ) -> Callable[[], None]:
-    """A call that runs a session on tensors where they lie; keep them while it may be called. On CUDA it queues the work.
+    """A call that runs a session on tensors where they lie, and keeps them. On CUDA it only queues the work.
 
     The call raises `RunError` where ONNX Runtime does not run it.
     """
@@ -123,9 +123,11 @@ def bound_run(
         arena = "cpu:0" if device == "cpu" else "gpu:0"
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
 
+    held = (binding, dict(inputs), dict(outputs))  # the binding has the tensors' addresses only
+
     def run() -> None:
         try:
-            session.run_with_iobinding(binding, options)
+            session.run_with_iobinding(held[0], options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise RunError(f"onnxruntime did not run the model: {str(error).strip()}") from error
 

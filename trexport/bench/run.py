@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -19,7 +19,7 @@ from trexport.bench.roofline import measure_ceiling, work_of
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
 from trexport.errors import MissingError, UsageError
-from trexport.io_spec import FREE_AXES, Dtype, ModelSpec, default_sizes, unet_spec
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, Dtype, ModelSpec, default_sizes, unet_spec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.models.unet import random_feeds
@@ -79,7 +79,7 @@ def bench(
             elif not onnx:
                 skipped[name] = "needs an exported model: give an artifact of trexport onnx"
             for label, file in onnx.items() if backend_of(name).consumes is OnnxFile else ():
-                sources[f"{name}, {label}" if label else name] = (name, file)
+                sources[f"{name}, {label}" if label else name] = (name, _for_batch(file, sizes["batch_size"]))
         for name, (backend, source) in sources.items():
             try:
                 with progress.task(f"load {name}"), PeakMemory(device) as memory:
@@ -136,6 +136,16 @@ def _fixed(onnx: Mapping[str, OnnxFile]) -> dict[str, int]:
             if fixed.setdefault(axis, size) != size:
                 raise UsageError(f"{label}: {axis} is fixed at {size}, another artifact fixes it at {fixed[axis]}")
     return fixed
+
+
+def _for_batch(file: OnnxFile, batch: int) -> OnnxFile:
+    """A bank's index and strength, where they are one for all samples, for so many."""
+    chosen = {
+        name: tensor.expand(batch).contiguous()
+        for name, tensor in file.constants.items()
+        if name in (ADAPTER_INDEX, ADAPTER_STRENGTH)
+    }
+    return replace(file, constants={**file.constants, **chosen})
 
 
 def _output(step: Step, spec: ModelSpec) -> torch.Tensor:

@@ -85,13 +85,13 @@ def validate(
     else:
         source = TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
     shapes = _shapes(manifest.io, base, sample, options.sizes)
-    whos = _whos(artifact, adapters)
+    groups = _groups(artifact, adapters)
     steps: list[StepParity] = []
     trajectory: TrajectoryParity | None = None
     with backend.load(source, device) as runner:
         cases = [
             (who, who.sizes(sizes, manifest.io), timestep, seed)
-            for number, who in enumerate(whos)
+            for number, who in enumerate(groups)
             for index, sizes in enumerate(shapes)
             # the first shape is checked in full, the others for what a shape can break; so is the first adapter of a bank
             for timestep in (options.timesteps if index == number == 0 else options.timesteps[:1])
@@ -105,9 +105,9 @@ def validate(
         if options.trajectory_steps:
             denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
-            trajectory = _compare_trajectory(runner, reference, denoising, feeds, whos[0], progress)
+            trajectory = _compare_trajectory(runner, reference, denoising, feeds, groups[0], progress)
     failures: list[str] = []
-    for number, who in enumerate(whos):
+    for number, who in enumerate(groups):
         own = [step for step in steps if step.who == who.label]
         has_effect = any(adapter.strength for adapter in who.among(adapters))
         found = judge(
@@ -123,7 +123,7 @@ def validate(
     if failures and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
-        elif (artifact.blank and adapters) or manifest.swappable is not None or whos[0].chosen is not None:
+        elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
             note = "the first wrong tensor is looked for in models that hold their adapters, not where they are fed"
         else:
             with progress.task("locate"):
@@ -175,7 +175,7 @@ class _Who:
         return {ADAPTER_INDEX: torch.tensor(index), ADAPTER_STRENGTH: torch.tensor(strengths)}
 
 
-def _whos(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[_Who]:
+def _groups(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[_Who]:
     """Of a bank every adapter alone, and all of them and the base in one batch; otherwise the adapters together."""
     if artifact.manifest.factored is None or factored_of(artifact).bank is None:
         return [_Who("", None)]

@@ -56,7 +56,9 @@ class MemberOp(ABC):
         Raises:
             ArtifactError: its modes differ, or its ranks are greater.
         """
-        found = self.values(member)
+        found = {
+            name: tensor.cpu() for name, tensor in self.values(member).items()
+        }  # a reference may have it on its device
         needed = self.of(member)
         if needed.shapes.keys() != self.shapes.keys() or needed.fixed != self.fixed:
             raise self._does_not_fit(needed)
