@@ -172,7 +172,9 @@ def _many(
         parity[f"{' + '.join(names[: len(used)])}, {form}"] = validate(
             artifact, base, used, DEVICE, ValidateOptions(trajectory_steps=sample.denoising.steps), progress=progress
         )
-    shown = sample.adapters[names[-1]]["show_prompts"]
+    shown = list(sample.adapters[names[-1]]["show_prompts"])
+    first = sample.adapters[names[0]]["show_prompts"][0]
+    shown = shown if first in shown else [first, *shown]
     pair = list(names[:2])
     rows: dict[str, bytes] = {}
     with Session(folder / "factored", DEVICE, verify=False) as session:
