@@ -15,6 +15,7 @@ from benchmarks.forms_sd15 import ADAPTER
 from benchmarks.merge_sd15 import write_base
 from benchmarks.record import keep
 from trexport.artifact import open_artifact
+from trexport.backends import OnnxFile
 from trexport.bench.forms import cost_of, file_for, report_forms
 from trexport.bench.run import BenchOptions, bench
 from trexport.graph.export import ExportOptions, export_onnx
@@ -66,7 +67,8 @@ def run(base: Base, folder: Path) -> dict[str, Any]:
             print(f"{form}: {fields['switching'][form]}", flush=True)
     artifacts = {form: open_artifact(folder / form, verify=False) for form in FORMS}
     files = {form: file_for(artifact, adapters, "cuda") for form, artifact in artifacts.items()}
-    report = bench(base, adapters, files, "cuda", BenchOptions(dtype="fp16", warm_up=5, iterations=60))
+    onnx = {form: file for form, file in files.items() if isinstance(file, OnnxFile)}
+    report = bench(base, adapters, onnx, "cuda", BenchOptions(dtype="fp16", warm_up=5, iterations=60))
     results = {result.backend: result for result in report.results}
     for result in report.results:
         print(

@@ -20,7 +20,7 @@ from benchmarks.merge_sd15 import ADAPTER, write_base
 from benchmarks.record import keep
 from trexport.adapter_file import slots_of
 from trexport.artifact import Artifact, open_artifact
-from trexport.backends import BACKENDS, OnnxFile, Step
+from trexport.backends import BACKENDS, EngineFile, OnnxFile, Step
 from trexport.bench.forms import file_for
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
@@ -181,7 +181,7 @@ def _everywhere(bank: Artifact, adapters: Sequence[BoundAdapter]) -> dict[str, T
     return banked(slot, [slot.tensors(adapter.layers, 1.0, adapter.name)] * BATCH, BATCH)
 
 
-def _step(artifact: Artifact, file: OnnxFile, feeds: Mapping[str, Tensor]) -> Step:
+def _step(artifact: Artifact, file: OnnxFile | EngineFile, feeds: Mapping[str, Tensor]) -> Step:
     return BACKENDS["onnxruntime"].load(file, "cpu").step(feeds)
 
 

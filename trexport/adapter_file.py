@@ -107,12 +107,8 @@ def open_for(artifact: Artifact, adapters: Sequence[str]) -> list[BoundAdapter]:
         ArtifactError: an adapter says that it was trained on another base than the artifact was made from.
         CheckpointError: an adapter is refused.
     """
-    wanted = {f"{path}.weight": path for slot in slots_of(artifact) for path in slot.layers}
-    shapes: dict[str, tuple[int, int]] = {}
-    for initializer in load_graph(artifact.onnx_path).graph.initializer:
-        if initializer.name.endswith(".weight") and len(initializer.dims) == 2:
-            shapes[initializer.name.removesuffix(".weight")] = (int(initializer.dims[0]), int(initializer.dims[1]))
-    missing = [path for name, path in wanted.items() if path not in shapes]
+    shapes = layer_shapes(artifact)
+    missing = [path for slot in slots_of(artifact) for path in slot.layers if path not in shapes]
     if missing:
         raise ArtifactError(f"{artifact.folder}: {missing[0]}.weight is not in the model; export again")
     bound = open_adapters(adapters, _Shapes(str(artifact.folder), shapes))
@@ -126,6 +122,18 @@ def open_for(artifact: Artifact, adapters: Sequence[str]) -> list[BoundAdapter]:
                 f"{artifact.manifest.base.content_hash}"
             )
     return bound
+
+
+def layer_shapes(artifact: Artifact) -> dict[str, tuple[int, int]]:
+    """The linear layers of an artifact's graph, module path → (out_features, in_features); of an engine, those that
+    adapters may be on."""
+    if artifact.manifest.kind == "engine":
+        return dict(artifact.engine_record.layers)
+    return {
+        initializer.name.removesuffix(".weight"): (int(initializer.dims[0]), int(initializer.dims[1]))
+        for initializer in load_graph(artifact.onnx_path).graph.initializer
+        if initializer.name.endswith(".weight") and len(initializer.dims) == 2
+    }
 
 
 def adapter_tensors(artifact: Artifact, adapters: Sequence[str]) -> dict[str, Tensor]:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from trexport.backends import EngineRecord
 from trexport.errors import ArtifactError, TrexportError
 from trexport.hashing import sha256_of_file
 from trexport.manifest import MODEL_NAME, Manifest
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
 from trexport.progress import SILENT, Progress
+
+ADAPTED_NAME = "adapted.safetensors"
+"""Beside a swappable engine: the weights of its adapted layers before any adapter."""
 
 
 @final
@@ -34,6 +38,30 @@ class Artifact:
         if len(models) != 1:
             raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
         return self.folder / models[0]
+
+    @property
+    def engine_record(self) -> EngineRecord:
+        """How the engine inside was built.
+
+        Raises:
+            ArtifactError: this artifact is no engine, or its record is damaged.
+        """
+        fields = self.manifest.engine
+        if fields is None:
+            raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one of trexport engine")
+        try:
+            return EngineRecord.from_dict(fields)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ArtifactError(
+                f"{self.folder}: damaged record of the engine ({type(error).__name__}: {error}); build it again"
+            ) from error
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the UNet's model lies, and what belongs to it."""
+        if self.manifest.kind == "engine":
+            return (self.folder / self.engine_record.file).parent
+        return self.onnx_path.parent
 
     @property
     def blank(self) -> bool:

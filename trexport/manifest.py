@@ -49,7 +49,7 @@ class AdapterRecord:
 class Manifest:
     """See the module."""
 
-    kind: Literal["unet", "onnx"]
+    kind: Literal["unet", "onnx", "engine"]
     form: Literal["base", "merged", "factored", "swappable"]
     dtype: Dtype
     io: ModelSpec
@@ -66,6 +66,8 @@ class Manifest:
     """Of a factored graph, its slots for adapters and its path plan: see `trexport.graph.factored.Factored`."""
     swappable: Mapping[str, Any] | None = None
     """Of a swappable artifact, the slot of its `merge.onnx`: see `trexport.graph.swappable.Swappable`."""
+    engine: Mapping[str, Any] | None = None
+    """Of a compiled engine, how it was built: see `trexport.backends.EngineRecord`."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Manifest:
             "weights_hash": self.weights_hash,
             "factored": self.factored,
             "swappable": self.swappable,
+            "engine": self.engine,
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -104,6 +107,7 @@ class Manifest:
             target_gpu=fields["target_gpu"],
             factored=fields.get("factored"),  # manifests from before these forms lack them
             swappable=fields.get("swappable"),
+            engine=fields.get("engine"),
             versions=fields["versions"],
         )
 

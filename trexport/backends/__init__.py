@@ -5,6 +5,10 @@ from __future__ import annotations
 from trexport.backends.base import AbstractBackend as AbstractBackend
 from trexport.backends.base import Availability as Availability
 from trexport.backends.base import Device as Device
+from trexport.backends.base import EngineBackend as EngineBackend
+from trexport.backends.base import EngineFile as EngineFile
+from trexport.backends.base import EngineOptions as EngineOptions
+from trexport.backends.base import EngineRecord as EngineRecord
 from trexport.backends.base import OnnxFile as OnnxFile
 from trexport.backends.base import Runner as Runner
 from trexport.backends.base import Source as Source
@@ -25,6 +29,14 @@ def backend_of(name: str) -> AbstractBackend:
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}, expected one of {sorted(BACKENDS)}{nearest(name, BACKENDS)}")
     return BACKENDS[name]
+
+
+def engine_backend_of(name: str) -> EngineBackend:
+    """The backend called `name`, one that builds engines. Raises `UsageError` for another."""
+    builders = {key: backend for key, backend in BACKENDS.items() if isinstance(backend, EngineBackend)}
+    if name not in builders:
+        raise UsageError(f"{name!r} builds no engines, expected one of {sorted(builders)}{nearest(name, builders)}")
+    return builders[name]
 
 
 def device_of(name: str) -> Device:

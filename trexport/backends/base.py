@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 from torch import Tensor
 
 from trexport.io_spec import Dtype, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.profile import Profile
+from trexport.progress import SILENT, Progress
 
 Device = Literal["cpu", "cuda"]
 
@@ -45,7 +47,110 @@ class OnnxFile:
     """Give the memory of intermediate results back after every run, where the runtime keeps it for the next one."""
 
 
-Source = TorchModel | OnnxFile
+@final
+@dataclass(frozen=True)
+class EngineRecord:
+    """What a manifest says of an engine: enough to tell whether it will load somewhere, before anyone downloads it."""
+
+    backend: str
+    file: str
+    """Inside the artifact."""
+    runtime: Mapping[str, str]
+    """The packages that it was built with and has to be loaded by, and their versions."""
+    targets: tuple[str, ...]
+    """The devices that it is for: `sm89`, or `cpu`."""
+    profiles: tuple[Profile, ...]
+    settings: Mapping[str, Any]
+    """What the builder was told, by its own names."""
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Adapted layer → (out_features, in_features), where adapters may come and go."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "file": self.file,
+            "runtime": dict(self.runtime),
+            "targets": list(self.targets),
+            "profiles": [profile.to_dict() for profile in self.profiles],
+            "settings": dict(self.settings),
+            "layers": {path: list(shape) for path, shape in self.layers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises `KeyError` or `TypeError` for what `to_dict` never wrote."""
+        return cls(
+            backend=fields["backend"],
+            file=fields["file"],
+            runtime=fields["runtime"],
+            targets=tuple(fields["targets"]),
+            profiles=tuple(Profile.from_dict(entry) for entry in fields["profiles"]),
+            settings=fields["settings"],
+            layers={path: (shape[0], shape[1]) for path, shape in fields["layers"].items()},
+        )
+
+
+@final
+@dataclass(frozen=True)
+class EngineFile:
+    """What the engine backends load."""
+
+    path: Path
+    spec: ModelSpec
+    record: EngineRecord
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """As those of `OnnxFile`; an engine has no defaults for them."""
+
+
+@final
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build an engine. A backend refuses what it has no notion of."""
+
+    profiles: tuple[Profile, ...]
+    targets: tuple[str, ...] = ()
+    """Devices to build for, for instance `sm89`; none for the one that is here."""
+    device: Device = "cpu"
+    """Of backends that build for a kind of device only."""
+    optimization_level: int | None = None
+    """0 to 5; None for the builder's own."""
+    workspace_bytes: int | None = None
+    """Scratch memory that layers may use; None for all of the device's."""
+    timing_cache: Path | None = None
+    """A file with the measured times of kernels, read where it is there, and written."""
+    version_compatible: bool = False
+    """Loads in newer minor versions of the runtime too."""
+    hardware_compatible: Literal["ampere-plus", "same-compute-capability"] | None = None
+    refit: Literal["all", "identical"] | None = None
+    """Weights may be replaced in the built engine: by any, or by the same ones only (a stripped engine's)."""
+    strip: bool = False
+    """Leave the weights out; they are put in at the deployment."""
+
+
+@final
+@dataclass(frozen=True)
+class BuildReport:
+    """What a builder did."""
+
+    seconds: float
+    size_bytes: int
+    memory_bytes: int | None = None
+    """That a run needs beside the weights, where the engine says so."""
+    layers: tuple[Mapping[str, Any], ...] = ()
+    """One for each layer of the engine: `name`, `type`, `precision`, `fused` (how many of the model's operators it does)."""
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "size_bytes": self.size_bytes,
+            "memory_bytes": self.memory_bytes,
+            "note": self.note,
+            "layers": [dict(layer) for layer in self.layers],
+        }
+
+
+Source = TorchModel | OnnxFile | EngineFile
 
 
 @final
@@ -103,7 +208,7 @@ class AbstractBackend(ABC):
     """One engine. See `trexport.backends.BACKENDS`."""
 
     name: ClassVar[str]
-    consumes: ClassVar[type[TorchModel] | type[OnnxFile]]
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]]
 
     @abstractmethod
     def availability(self, device: Device) -> Availability:
@@ -116,3 +221,47 @@ class AbstractBackend(ABC):
         Raises:
             MissingError: the backend is not available, or has no kernels for the model.
         """
+
+
+class EngineBackend(AbstractBackend):
+    """A backend whose models are compiled first."""
+
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]] = EngineFile
+    builds_from: ClassVar[type[TorchModel] | type[OnnxFile]]
+    file_name: ClassVar[str]
+    """Of the engine."""
+
+    @abstractmethod
+    def check(self, options: EngineOptions, form: str) -> EngineOptions:
+        """The options with defaults filled in; cheap, before anything is written.
+
+        Args:
+            form: of the artifact that the engine is to be built from, see `trexport.manifest.Manifest`.
+
+        Raises:
+            UsageError: an option that this backend has no notion of, or that cannot be.
+            MissingError: the builder is not installed, or cannot do this here.
+        """
+
+    @abstractmethod
+    def build(
+        self,
+        source: TorchModel | OnnxFile,
+        folder: Path,
+        options: EngineOptions,
+        *,
+        progress: Progress = SILENT,
+    ) -> tuple[EngineRecord, BuildReport]:
+        """Build `folder/file_name`. The record's `file` is relative to `folder`.
+
+        Args:
+            source: what `builds_from` says. The `constants` of an `OnnxFile` become inputs of the engine.
+            options: what `check` returned.
+
+        Raises:
+            ExportError: the builder refuses the model; its own words are in the message.
+        """
+
+    @abstractmethod
+    def loads_here(self, record: EngineRecord) -> tuple[bool, str]:
+        """Whether an engine would load on this machine, and why; from its record alone, nothing is loaded."""

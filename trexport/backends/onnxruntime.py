@@ -9,7 +9,17 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step, TorchModel
+from trexport.backends.base import (
+    AbstractBackend,
+    Availability,
+    Device,
+    EngineFile,
+    OnnxFile,
+    Runner,
+    Source,
+    Step,
+    TorchModel,
+)
 from trexport.errors import ArtifactError, MissingError, RunError
 from trexport.io_spec import ModelSpec
 from trexport.models.unet import DTYPES
@@ -259,7 +269,7 @@ class OnnxRuntime(AbstractBackend):
     """ONNX Runtime with IO binding; on CUDA with a CUDA graph and NHWC convolutions."""
 
     name: ClassVar[str] = "onnxruntime"
-    consumes: ClassVar[type[TorchModel] | type[OnnxFile]] = OnnxFile
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]] = OnnxFile
 
     def availability(self, device: Device) -> Availability:
         return _availability(device)

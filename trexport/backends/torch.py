@@ -8,7 +8,17 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from trexport.backends.base import AbstractBackend, Availability, Device, OnnxFile, Runner, Source, Step, TorchModel
+from trexport.backends.base import (
+    AbstractBackend,
+    Availability,
+    Device,
+    EngineFile,
+    OnnxFile,
+    Runner,
+    Source,
+    Step,
+    TorchModel,
+)
 from trexport.errors import MissingError
 from trexport.io_spec import unet_spec
 from trexport.models.unet import attach_all_, call_unet, load_unet, merge_into_
@@ -70,7 +80,7 @@ class _TorchRunner(Runner):
 
 
 class _Torch(AbstractBackend):
-    consumes: ClassVar[type[TorchModel] | type[OnnxFile]] = TorchModel
+    consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]] = TorchModel
     compiled: ClassVar[bool]
 
     def availability(self, device: Device) -> Availability:

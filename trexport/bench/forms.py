@@ -5,19 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 
 from trexport.adapter_file import factored_of, slots_of
 from trexport.artifact import Artifact
-from trexport.backends import Device, OnnxFile
+from trexport.backends import Device, EngineFile, OnnxFile, TorchModel
 from trexport.bench.report import BackendResult
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
+from trexport.errors import UsageError
 from trexport.models.adapters import BoundAdapter
-from trexport.session import fed_tensors
 from trexport.session.forms import BankForm, form_of
+from trexport.session.sources import chosen_in_bank, source_of
 
 _HOUR_MS = 3.6e6
 
@@ -82,14 +82,18 @@ def form_name(artifact: Artifact) -> str:
     return "factored" if bank is None else f"bank of {bank}"
 
 
-def file_for(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> OnnxFile:
-    """An artifact with adapters active, as a backend takes it: of a bank, the first one for every sample."""
-    needs = bool(adapters) and (artifact.blank or artifact.manifest.swappable is not None)
-    constants = fed_tensors(artifact, adapters, device) if needs else {}
-    if artifact.manifest.factored is not None and factored_of(artifact).bank is not None:
-        strength = adapters[0].strength if adapters else 1.0
-        constants |= {ADAPTER_INDEX: torch.tensor([int(bool(adapters))]), ADAPTER_STRENGTH: torch.tensor([strength])}
-    return OnnxFile(artifact.onnx_path, artifact.manifest.io, constants)
+def file_for(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> OnnxFile | EngineFile:
+    """An artifact with adapters active, as a backend takes it: of a bank, the first one for every sample.
+
+    Raises:
+        UsageError: an artifact that torch runs.
+    """
+    source = source_of(artifact, adapters, device)
+    if isinstance(source, TorchModel):
+        raise UsageError(
+            f"{artifact.folder}: a UNet for torch, expected an artifact of trexport onnx or trexport engine"
+        )
+    return replace(source, constants={**source.constants, **chosen_in_bank(artifact, adapters)})
 
 
 def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device, result: BackendResult) -> FormCost:

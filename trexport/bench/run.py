@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
 import torch
 
-from trexport.backends import Device, OnnxFile, Source, Step, TorchModel, backend_of
+from trexport.backends import BACKENDS, Device, EngineFile, OnnxFile, Source, Step, TorchModel, backend_of
 from trexport.bench.environment import environment
 from trexport.bench.memory import PeakMemory
 from trexport.bench.report import BackendResult, BenchReport
@@ -32,7 +32,7 @@ from trexport.progress import SILENT, Progress
 class BenchOptions:
     """What to measure."""
 
-    backends: Sequence[str] = ("torch", "torch-compile", "onnxruntime")
+    backends: Sequence[str] = tuple(BACKENDS)
     dtype: Dtype = "fp32"
     sizes: Mapping[str, int] | None = None
     """None for the UNet's own."""
@@ -49,6 +49,7 @@ def bench(
     device: Device,
     options: BenchOptions | None = None,
     *,
+    engines: Mapping[str, EngineFile] | None = None,
     progress: Progress = SILENT,
 ) -> BenchReport:
     """Measure one UNet step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
@@ -57,12 +58,14 @@ def bench(
 
     Args:
         onnx: exported models by what to call them, for the backends that take one; a single one may be called ``.
+        engines: built engines, by what to call each; their own backends run them.
 
     Raises:
         MissingError: no backend could run, or one could not and `skip_missing` is off.
     """
     options = options or BenchOptions()
-    sizes = default_sizes(base.config) | _fixed(onnx) | dict(options.sizes or {})
+    engines = engines or {}
+    sizes = default_sizes(base.config) | _fixed({**onnx, **engines}) | dict(options.sizes or {})
     spec = unet_spec(base.config, options.dtype)
     feeds = random_feeds(spec, {axis: sizes[axis] for axis in FREE_AXES}, seed=0)
     ceiling = measure_ceiling(device, options.dtype)
@@ -74,8 +77,13 @@ def bench(
     with ExitStack() as stack:
         sources: dict[str, tuple[str, Source]] = {}
         for name in options.backends:
-            if backend_of(name).consumes is not OnnxFile:
+            if backend_of(name).consumes is TorchModel:
                 sources[name] = (name, TorchModel(base, adapters, options.dtype))
+            elif backend_of(name).consumes is EngineFile:
+                own = {label: file for label, file in engines.items() if file.record.backend == name}
+                sources |= {label: (name, _for_batch(file, sizes["batch_size"])) for label, file in own.items()}
+                if not own:
+                    skipped[name] = "needs an engine: give an artifact of trexport engine"
             elif not onnx:
                 skipped[name] = "needs an exported model: give an artifact of trexport onnx"
             for label, file in onnx.items() if backend_of(name).consumes is OnnxFile else ():
@@ -128,17 +136,23 @@ def bench(
     )
 
 
-def _fixed(onnx: Mapping[str, OnnxFile]) -> dict[str, int]:
+def _fixed(onnx: Mapping[str, OnnxFile | EngineFile]) -> dict[str, int]:
     """The sizes that exported models fix. Raises `UsageError` where they fix others."""
     fixed: dict[str, int] = {}
     for label, file in onnx.items():
-        for axis, size in file.spec.fixed_sizes().items():
+        own = file.spec.fixed_sizes()
+        if isinstance(file, EngineFile) and len(file.record.profiles) == 1:
+            own |= file.record.profiles[0].fixed
+        for axis, size in own.items():
             if fixed.setdefault(axis, size) != size:
                 raise UsageError(f"{label}: {axis} is fixed at {size}, another artifact fixes it at {fixed[axis]}")
     return fixed
 
 
-def _for_batch(file: OnnxFile, batch: int) -> OnnxFile:
+_File = TypeVar("_File", OnnxFile, EngineFile)
+
+
+def _for_batch(file: _File, batch: int) -> _File:
     """A bank's index and strength, where they are one for all samples, for so many."""
     chosen = {
         name: tensor.expand(batch).contiguous()

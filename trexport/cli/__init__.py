@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("trexport.cli.merge", "Fold adapters into a dense UNet."),
     "onnx": ("trexport.cli.onnx", "Export a UNet to ONNX, with adapters merged in, kept factored, or swappable."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
+    "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "validate": ("trexport.cli.validate", "Prove an artifact equal to PyTorch, or fail."),
     "bench": ("trexport.cli.bench", "Measure backends side by side."),
 }

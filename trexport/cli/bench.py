@@ -45,15 +45,16 @@ def command(
 ) -> None:
     """Measure one UNet step in several backends, side by side in one run.
 
-    TARGET is an artifact of `trexport onnx`, which brings its base and adapters along, or a BASE with ADAPTERs for the
-    backends that need no artifact. Several artifacts of one base, merged, factored or swappable, are measured side by side,
-    swaps of adapters too, and it is said from how many swaps an hour, and adapters, which form wins.
+    TARGET is an artifact of `trexport onnx` or `trexport engine`, which brings its base and adapters along, or a BASE with
+    ADAPTERs for the backends that need no artifact. Several artifacts of one base, merged, factored or swappable, ONNX or
+    engines, are measured side by side, swaps of adapters too, and it is said from how many swaps an hour, and adapters,
+    which form wins.
 
     Latencies are medians with p10 and p90; on CUDA, device time of a CUDA graph on resident buffers. Ratios are to the first
     backend.
     """
     from trexport.artifact import Artifact, open_artifact
-    from trexport.backends import BACKENDS, backend_of, device_of
+    from trexport.backends import BACKENDS, EngineFile, OnnxFile, backend_of, device_of
     from trexport.bench.forms import FormsReport, cost_of, file_for, form_name, report_forms
     from trexport.bench.report import plot
     from trexport.bench.run import BenchOptions, bench
@@ -64,6 +65,7 @@ def command(
     from trexport.manifest import MANIFEST_NAME
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.session.sources import backend_for
     from trlora.files import atomic_folder, check_free
 
     for name in backends:
@@ -95,11 +97,16 @@ def command(
         source = open_base(target)
         bound = open_adapters(adapters, source)
     where = device_of(device)
-    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind == "onnx"]
+    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind != "unet"]
     several = len(exported) > 1
-    onnx = {form if several else "": file for form, _, file in exported}
-    if len(onnx) < len(exported):
-        raise UsageError("two artifacts of the same form given; give one of each")
+    onnx = {form if several else "": file for form, _, file in exported if isinstance(file, OnnxFile)}
+    engines = {
+        f"{file.record.backend}, {form}" if several else file.record.backend: file
+        for form, _, file in exported
+        if isinstance(file, EngineFile)
+    }
+    if len(onnx) + len(engines) < len(exported):
+        raise UsageError("two artifacts of the same form and backend given; give one of each")
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     options = BenchOptions(
         backends=backends or tuple(BACKENDS),
@@ -109,14 +116,13 @@ def command(
         iterations=iterations,
         skip_missing=not backends,
     )
-    report = bench(source, bound, onnx, where, options, progress=progress)
+    report = bench(source, bound, onnx, where, options, engines=engines, progress=progress)
     forms: FormsReport | None = None
     if several:
         results = {result.backend: result for result in report.results}
-        rows = [(artifact, results.get(f"onnxruntime, {form}")) for form, artifact, _ in exported]
-        forms = report_forms(
-            [cost_of(artifact, bound, where, result) for artifact, result in rows if result is not None]
-        )
+        rows = [(artifact, results.get(f"{backend_for(artifact)}, {form}")) for form, artifact, _ in exported]
+        costs = [cost_of(artifact, bound, where, result) for artifact, result in rows if result is not None]
+        forms = report_forms(costs) if costs else None
     fields = report.to_dict() | ({"forms": asdict(forms)} if forms is not None else {})
     if out is not None:
         with atomic_folder(out, overwrite=overwrite) as folder:

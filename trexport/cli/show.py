@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import click
 
+from trexport.backends.base import BuildReport
 from trexport.bench.forms import FormsReport
 from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
@@ -128,3 +129,18 @@ def show_parity_summary(reports: Mapping[str, ParityReport]) -> None:
         for name, report in reports.items()
     ]
     print_table("against float32 PyTorch", ["", "relative L2", "limit", "effect", "final PSNR dB", ""], rows)
+
+
+def show_build(report: BuildReport) -> None:
+    """What `trexport engine` says of a build."""
+    if report.layers:
+        groups = Counter((layer["type"], layer["precision"]) for layer in report.layers)
+        fused: Counter[tuple[str, str]] = Counter()
+        for layer in report.layers:
+            fused[layer["type"], layer["precision"]] += layer["fused"]
+        rows = [(kind, precision, count, fused[kind, precision]) for (kind, precision), count in groups.most_common()]
+        print_table("layers of the engine", ["", "precision", "layers", "operators in them"], rows)
+    memory = f", {gigabytes(report.memory_bytes)} of memory beside its weights" if report.memory_bytes else ""
+    click.echo(f"built in {report.seconds:.1f} s{memory}")
+    if report.note:
+        click.echo(report.note)

@@ -125,10 +125,11 @@ def run_demo(
         adapters = open_adapters([f"{SAMPLE}/{first}"], base)
         paths = {"merged": folder / first / "onnx"} | {form: folder / form for form in FORMS}
         forms = {form: open_artifact(path, verify=False) for form, path in paths.items()}
+        files = {form: file_for(artifact, adapters, DEVICE) for form, artifact in forms.items()}
         report = bench(
             base,
             adapters,
-            {form: file_for(artifact, adapters, DEVICE) for form, artifact in forms.items()},
+            {form: file for form, file in files.items() if isinstance(file, OnnxFile)},
             DEVICE,
             BenchOptions(sizes={"sequence_length": sample.prompts.shape[1]}, iterations=50),
             progress=progress,

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
-from trexport.backends import BACKENDS, Device, OnnxFile, Runner, TorchModel
-from trexport.errors import TrexportError
+from trexport.backends import BACKENDS, Device, Runner
+from trexport.errors import TrexportError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, ModelSpec, default_sizes, downscale_of
 from trexport.models.adapters import BoundAdapter
-from trexport.models.base import Base, open_base
+from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
 from trexport.models.sample import Sample, sample_of
 from trexport.models.unet import load_unet, merge_into_, random_feeds
@@ -25,8 +25,9 @@ from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
 from trexport.parity.reference import Reference
 from trexport.parity.report import FirstDeviation, ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES, Tolerance
+from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
-from trexport.session import fed_tensors
+from trexport.session.sources import backend_for, source_of
 
 _LEAST_EFFECT = 1e-4
 """An adapter that moves the output less than this, relative, cannot be seen in a picture of 8 bits."""
@@ -76,15 +77,11 @@ def validate(
     tolerance = TOLERANCES[manifest.dtype].scaled(options.relative_l2)
     reference = Reference(base, adapters, device, progress=progress)
     sample = sample_of(base, options.trajectory_steps or None)
-    backend = BACKENDS["onnxruntime" if manifest.kind == "onnx" else "torch"]
-    if manifest.kind == "onnx":
-        # what the graph holds of itself is proved as it is; only what it lacks is fed
-        holds = not artifact.blank and manifest.swappable is None
-        fed = {} if holds else fed_tensors(artifact, adapters, device)
-        source: OnnxFile | TorchModel = OnnxFile(artifact.onnx_path, manifest.io, fed)
-    else:
-        source = TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
+    backend = BACKENDS[backend_for(artifact)]
+    source = source_of(artifact, adapters, device)
     shapes = _shapes(manifest.io, base, sample, options.sizes)
+    if manifest.kind == "engine":
+        shapes = _within(shapes, artifact.engine_record.profiles, options.sizes)
     groups = _groups(artifact, adapters)
     steps: list[StepParity] = []
     trajectory: TrajectoryParity | None = None
@@ -255,6 +252,17 @@ def _shapes(io: ModelSpec, base: Base, sample: Sample | None, given: Mapping[str
     }
     second = {axis: (other[axis] if axis in io.free_axes else first[axis]) for axis in FREE_AXES}
     return [first] if second == first else [first, second]
+
+
+def _within(
+    shapes: Sequence[dict[str, int]], profiles: Sequence[Profile], given: Mapping[str, int] | None
+) -> list[dict[str, int]]:
+    """Of the shapes those that an engine takes, and the two ends of each of its profiles."""
+    if given and not any(profile.holds(shapes[0]) for profile in profiles):
+        raise UsageError(f"sizes {shapes[0]} asked for, the engine takes {'; '.join(map(str, profiles))}")
+    fitting = [sizes for sizes in shapes if any(profile.holds(sizes) for profile in profiles)]
+    ends = [dict(sizes) for profile in profiles for sizes in (profile.opt, profile.min, profile.max)]
+    return [sizes for n, sizes in enumerate([*fitting, *ends]) if sizes not in [*fitting, *ends][:n]]
 
 
 def _feeds(

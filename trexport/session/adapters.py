@@ -10,7 +10,7 @@ from typing import final
 
 from trexport.errors import ArtifactError, UsageError
 from trexport.models.adapters import BoundAdapter
-from trexport.session.forms import Prepared
+from trexport.session.form import Prepared
 from trlora.errors import nearest
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, final
 
 import onnx_ir as ir
@@ -17,67 +15,11 @@ from trexport.artifact import Artifact
 from trexport.backends import Device
 from trexport.backends.onnxruntime import bound_run, open_session
 from trexport.errors import ArtifactError, UsageError
-from trexport.graph.factored import Factored, tensors_of
+from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
-from trexport.models.adapters import BoundAdapter
-
-
-@final
-@dataclass(frozen=True)
-class Prepared:
-    """An adapter as the inputs of one graph."""
-
-    name: str
-    strength: float
-    """Its own, for who gives none."""
-    fits: Mapping[int, Mapping[str, Tensor]]
-    """Slot number → the slot's inputs, strength left out; only the slots that it fits."""
-
-    @property
-    def size_bytes(self) -> int:
-        return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.fits.values())
-
-
-class AdapterForm(ABC):
-    """Device buffers that a graph reads in every run, and how to fill them."""
-
-    buffers: dict[str, Tensor]
-    """By input name; overwritten in place, never replaced."""
-
-    @abstractmethod
-    def slots(self) -> Sequence[Slot]:
-        """The places for adapters."""
-
-    @abstractmethod
-    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        """Fill the buffers for these adapters at these strengths; none of them is the base, to the last bit. Always from
-        what is pristine, so that what was there before leaves no trace.
-
-        Raises:
-            UsageError: more than the form takes at once, or a choice that does not fit together.
-            ArtifactError: the result is not finite. The buffers are to be written again then.
-        """
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        """An adapter's tensors for every slot that it fits.
-
-        Raises:
-            ArtifactError: it fits none.
-        """
-        fits: dict[int, dict[str, Tensor]] = {}
-        first: ArtifactError | None = None
-        for number, slot in enumerate(self.slots()):
-            try:
-                tensors = slot.tensors(adapter.layers, adapter.strength, adapter.name)
-            except ArtifactError as error:
-                first = first or error
-                continue
-            del tensors[slot.strength]
-            fits[number] = tensors
-        if not fits and first is not None:
-            raise first
-        return Prepared(name, adapter.strength, fits)
+from trexport.session.form import AdapterForm, Prepared
+from trexport.session.replaced import ReplacedForm
 
 
 @final
@@ -183,29 +125,14 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
         MissingError: ONNX Runtime or the device is not here.
     """
     if artifact.manifest.swappable is not None:
-        return SwappableForm(artifact, swappable_of(artifact), device)
+        swappable = swappable_of(artifact)
+        if artifact.manifest.kind == "engine":
+            return ReplacedForm(artifact, swappable.slot, device)
+        return SwappableForm(artifact, swappable, device)
     if artifact.manifest.factored is None:
         return None
     factored = factored_of(artifact)
     return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)
-
-
-def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> dict[str, Tensor]:
-    """What to bind beside the UNet's inputs so that an artifact draws with adapters: cores and strengths of a factored one,
-    stacks of a bank (not its index), merged weights of a swappable one. None for a merged one.
-
-    Raises:
-        ArtifactError: an adapter does not fit, or the artifact takes none.
-        UsageError: more adapters than it takes at once.
-    """
-    manifest = artifact.manifest
-    if manifest.factored is not None:
-        return {name: tensor.to(device) for name, tensor in tensors_of(factored_of(artifact), adapters).items()}
-    if manifest.swappable is not None:
-        form = SwappableForm(artifact, swappable_of(artifact), device)
-        form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
-        return form.buffers
-    return {}
 
 
 def _weights(artifact: Artifact, slot: Slot) -> dict[str, ir.TensorProtocol]:

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from trexport.adapter_file import open_for
 from trexport.artifact import Artifact, open_artifact
-from trexport.backends import BACKENDS, Device, OnnxFile, Runner, Step, device_of
+from trexport.backends import BACKENDS, Device, Runner, Step, device_of
 from trexport.errors import RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.unet import DTYPES
 from trexport.session.adapters import AdapterStore
-from trexport.session.forms import BankForm, Prepared, form_of
+from trexport.session.form import Prepared
+from trexport.session.forms import BankForm, form_of
 from trexport.session.lock import ReadWriteLock
+from trexport.session.sources import backend_for, source_with
 
 CAPACITY = 16
 _GREATEST = torch.finfo(torch.float32).max
@@ -30,7 +32,7 @@ _GREATEST = torch.finfo(torch.float32).max
 
 @final
 class Session:
-    """An ONNX artifact of trexport, loaded once, and adapters that come and go in it.
+    """An ONNX or engine artifact of trexport, loaded once, and adapters that come and go in it.
 
     ```python
     with Session("swappable", capacity=32) as session:
@@ -49,7 +51,7 @@ class Session:
     one after the other.
 
     Args:
-        artifact: a folder of `trexport onnx`, or an opened one.
+        artifact: a folder of `trexport onnx` or `trexport engine`, or an opened one.
         device: `cpu`, `cuda`, or `auto`.
         capacity: how many adapters are kept in memory, beside the active ones; those used least recently leave, and are read
             again when asked for. A bank has its own number of places.
@@ -57,7 +59,7 @@ class Session:
 
     Raises:
         ArtifactError: no such artifact, or a damaged one.
-        MissingError: ONNX Runtime or the device is not here.
+        MissingError: the runtime or the device is not here.
     """
 
     def __init__(
@@ -183,7 +185,7 @@ class Session:
 
         Raises:
             UsageError: inputs that the model does not take, an unknown adapter, or adapters for a model that is no bank.
-            RunError: ONNX Runtime broke off.
+            RunError: the runtime broke off.
         """
         self._check_open()
         given = self._checked(feeds)
@@ -250,8 +252,7 @@ class Session:
 
     def _load(self) -> Runner:
         buffers = self._form.buffers if self._form is not None else {}
-        source = OnnxFile(self.artifact.onnx_path, self.artifact.manifest.io, buffers)
-        return BACKENDS["onnxruntime"].load(source, self.device)
+        return BACKENDS[backend_for(self.artifact)].load(source_with(self.artifact, buffers), self.device)
 
     def _open(self, argument: str) -> BoundAdapter:
         (bound,) = open_for(self.artifact, [argument])

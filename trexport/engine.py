@@ -1,0 +1,167 @@
+"""`trexport engine`: a compiled engine from an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trexport.adapter_file import factored_of, layer_shapes, slots_of, swappable_of
+from trexport.artifact import ADAPTED_NAME, Artifact
+from trexport.backends import EngineBackend, EngineOptions, OnnxFile, TorchModel
+from trexport.backends.base import BuildReport
+from trexport.disk import check_disk
+from trexport.errors import ArtifactError, UsageError
+from trexport.graph.ops.slots import banked
+from trexport.hashing import sha256_of_file
+from trexport.io_spec import BYTES_OF, default_sizes
+from trexport.manifest import BaseRecord, Manifest, package_versions
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base, open_base
+from trexport.models.sample import sample_of
+from trexport.models.unet import DTYPES
+from trexport.profile import Profile
+from trexport.progress import SILENT, Progress
+from trlora.files import atomic_folder, check_free
+
+UNET_FOLDER = "unet"
+BUILD_NAME = "build.json"
+
+
+def usual_sizes(artifact: Artifact, base: Base) -> dict[str, int]:
+    """A size for every axis: what the artifact fixes, the UNet's own for the rest, and a sample's own number of tokens."""
+    sizes = default_sizes(base.config)
+    sample = sample_of(base)
+    if sample is not None:
+        sizes["sequence_length"] = sample.prompts.shape[1]
+    return sizes | artifact.manifest.io.fixed_sizes()
+
+
+def build_engine(
+    artifact: Artifact,
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    out: Path,
+    backend: EngineBackend,
+    options: EngineOptions,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> tuple[Manifest, BuildReport] | None:
+    """Build `OUT/unet/<engine>` with `config.json`, `OUT/build.json`, what the builder did, and `OUT/trexport.json`.
+
+    The engine has the artifact's form: merged weights are in it; of a factored artifact or a bank, strengths and cores are
+    inputs; of a swappable one, the adapted weights can be replaced, and lie beside it as they are before any adapter.
+
+    Args:
+        artifact: of `trexport onnx`, or of `trexport merge` for backends that compile a torch model.
+        base, adapters: what the artifact was made from, see `Artifact.sources`.
+        dry_run: check everything, build nothing, return None.
+
+    Raises:
+        FileExistsError: `out` holds something and `overwrite` is not set.
+        UsageError: options that the backend or the artifact does not take.
+        MissingError: the builder is not here.
+        ExportError: the builder refuses the model.
+    """
+    manifest = artifact.manifest
+    if manifest.kind == "engine":
+        raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
+    options = backend.check(options, manifest.form)
+    check_free(out, overwrite=overwrite)
+    source = _source(artifact, base, adapters, backend)
+    check_disk(out, sum(int(torch.Size(shape).numel()) for shape in base.shapes().values()) * BYTES_OF[manifest.dtype])
+    if dry_run:
+        return None
+    takes_adapters = manifest.factored is not None or manifest.swappable is not None
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        unet = folder / UNET_FOLDER
+        unet.mkdir()
+        record, report = backend.build(source, unet, options, progress=progress)
+        config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
+        _write_json(unet / "config.json", config, sort_keys=True)
+        _write_json(folder / BUILD_NAME, report.to_dict())
+        if manifest.swappable is not None:
+            safetensors.torch.save_file(pristine_weights(artifact), unet / ADAPTED_NAME)
+        layers: dict[str, tuple[int, int]] = {}
+        if takes_adapters:
+            shapes = layer_shapes(artifact)
+            layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+        fields = record.to_dict() | {"file": f"{UNET_FOLDER}/{record.file}"}
+        fields["layers"] = {path: list(shape) for path, shape in layers.items()}
+        with progress.task("hash"):
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
+        built = Manifest(
+            kind="engine",
+            form=manifest.form,
+            dtype=manifest.dtype,
+            io=manifest.io,
+            base=BaseRecord(manifest.base.name, manifest.base.content_hash),
+            adapters=manifest.adapters,
+            files=files,
+            opset=manifest.opset,
+            opset_reason=manifest.opset_reason,
+            target_gpu=", ".join(record.targets),
+            factored=manifest.factored,
+            swappable=manifest.swappable,
+            engine=fields,
+            versions=package_versions() | dict(record.runtime),
+        )
+        built.write(folder)
+    return built, report
+
+
+def default_profile(artifact: Artifact, base: Base) -> Profile:
+    """The usual sizes, fixed: what a profile is where none is asked for."""
+    return Profile.of(usual_sizes(artifact, base))
+
+
+def pristine_weights(artifact: Artifact) -> dict[str, Tensor]:
+    """Of a swappable ONNX artifact the adapted weights before any adapter, by parameter name, in the artifact's dtype."""
+    initializers = ir.load(artifact.onnx_path).graph.initializers
+    weights: dict[str, Tensor] = {}
+    for path in swappable_of(artifact).slot.layers:
+        name = f"{path}.weight"
+        stored = initializers[name].const_value if name in initializers else None
+        if stored is None:
+            raise ArtifactError(f"{artifact.folder}: {name} is not in the model; export again")
+        dtype = DTYPES[artifact.manifest.dtype]
+        # bytes, for NumPy has no bfloat16
+        weights[name] = torch.frombuffer(bytearray(stored.tobytes()), dtype=dtype).reshape(stored.shape.numpy())
+    return weights
+
+
+def _source(
+    artifact: Artifact, base: Base, adapters: Sequence[BoundAdapter], backend: EngineBackend
+) -> TorchModel | OnnxFile:
+    manifest = artifact.manifest
+    if backend.builds_from is TorchModel:
+        if manifest.kind == "unet":
+            return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
+        return TorchModel(base, () if manifest.swappable is not None else adapters, manifest.dtype)
+    if manifest.kind != "onnx":
+        raise UsageError(
+            f"{artifact.folder}: a UNet for torch; {backend.name} builds from an artifact of trexport onnx"
+        )
+    constants: dict[str, Tensor] = {}
+    if manifest.factored is not None:
+        factored = factored_of(artifact)
+        if factored.bank is not None:
+            constants = banked(factored.slots[0], [], factored.bank)
+        else:
+            constants = {name: tensor for slot in factored.slots for name, tensor in slot.neutral().items()}
+    elif manifest.swappable is not None:
+        constants = pristine_weights(artifact)
+    return OnnxFile(artifact.onnx_path, manifest.io, constants)
+
+
+def _write_json(path: Path, fields: Any, *, sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")

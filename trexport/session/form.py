@@ -1,0 +1,74 @@
+"""The contract of a form: how adapters get into a graph that is already loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from torch import Tensor
+
+from trexport.errors import ArtifactError
+from trexport.graph.ops.slots import Slot
+from trexport.models.adapters import BoundAdapter
+from trlora import LayerAdapter
+
+
+@final
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter as the inputs of one graph."""
+
+    name: str
+    strength: float
+    """Its own, for who gives none."""
+    fits: Mapping[int, Mapping[str, Tensor]]
+    """Slot number → the slot's inputs, strength left out; only the slots that it fits."""
+    layers: Mapping[str, LayerAdapter] = field(default_factory=dict)
+    """The adapter itself, on the graph's device, for a form that merges it in torch."""
+
+    @property
+    def size_bytes(self) -> int:
+        return max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in self.fits.values())
+
+
+class AdapterForm(ABC):
+    """Device buffers that a graph reads in every run, and how to fill them."""
+
+    buffers: dict[str, Tensor]
+    """By input name; overwritten in place, never replaced."""
+
+    @abstractmethod
+    def slots(self) -> Sequence[Slot]:
+        """The places for adapters."""
+
+    @abstractmethod
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        """Fill the buffers for these adapters at these strengths; none of them is the base, to the last bit. Always from
+        what is pristine, so that what was there before leaves no trace.
+
+        Raises:
+            UsageError: more than the form takes at once, or a choice that does not fit together.
+            ArtifactError: the result is not finite. The buffers are to be written again then.
+        """
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        """An adapter's tensors for every slot that it fits.
+
+        Raises:
+            ArtifactError: it fits none.
+        """
+        fits: dict[int, dict[str, Tensor]] = {}
+        first: ArtifactError | None = None
+        for number, slot in enumerate(self.slots()):
+            try:
+                tensors = slot.tensors(adapter.layers, adapter.strength, adapter.name)
+            except ArtifactError as error:
+                first = first or error
+                continue
+            del tensors[slot.strength]
+            fits[number] = tensors
+        if not fits and first is not None:
+            raise first
+        return Prepared(name, adapter.strength, fits)

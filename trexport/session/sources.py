@@ -1,0 +1,75 @@
+"""What a backend is to load of an artifact, with adapters in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trexport.adapter_file import factored_of
+from trexport.artifact import Artifact
+from trexport.backends import Device, EngineFile, OnnxFile, TorchModel
+from trexport.graph.factored import tensors_of
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
+from trexport.models.adapters import BoundAdapter
+from trexport.models.base import open_base
+from trexport.session.forms import form_of
+
+
+def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> dict[str, Tensor]:
+    """What to bind beside the UNet's inputs so that an artifact draws with adapters: cores and strengths of a factored one,
+    stacks of a bank (not its index), merged weights of a swappable one. None for a merged one.
+
+    Raises:
+        ArtifactError: an adapter does not fit, or the artifact takes none.
+        UsageError: more adapters than it takes at once.
+    """
+    manifest = artifact.manifest
+    if manifest.factored is not None:
+        return {name: tensor.to(device) for name, tensor in tensors_of(factored_of(artifact), adapters).items()}
+    form = form_of(artifact, device)
+    if form is None:
+        return {}
+    form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+    return form.buffers
+
+
+def source_with(artifact: Artifact, constants: Mapping[str, Tensor]) -> OnnxFile | EngineFile | TorchModel:
+    """An artifact as its backend takes it.
+
+    Args:
+        constants: what `fed_tensors` gives, or nothing for what the artifact holds itself.
+    """
+    manifest = artifact.manifest
+    if manifest.kind == "onnx":
+        return OnnxFile(artifact.onnx_path, manifest.io, constants)
+    if manifest.kind == "engine":
+        record = artifact.engine_record
+        return EngineFile(artifact.folder / record.file, manifest.io, record, constants)
+    return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
+
+
+def source_of(
+    artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
+) -> OnnxFile | EngineFile | TorchModel:
+    """An artifact with adapters active, as its backend takes it: what a graph holds of itself stays as it is, only what it
+    lacks is fed; an engine has no defaults, so that all is fed."""
+    manifest = artifact.manifest
+    lacks = artifact.blank or manifest.swappable is not None or manifest.kind == "engine"
+    return source_with(artifact, fed_tensors(artifact, adapters, device) if lacks else {})
+
+
+def chosen_in_bank(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
+    """Of a bank the index and strength that draw with the first adapter in it, (1,) each; nothing for another form."""
+    if artifact.manifest.factored is None or factored_of(artifact).bank is None:
+        return {}
+    strength = adapters[0].strength if adapters else 1.0
+    return {ADAPTER_INDEX: torch.tensor([int(bool(adapters))]), ADAPTER_STRENGTH: torch.tensor([strength])}
+
+
+def backend_for(artifact: Artifact) -> str:
+    """The name of the backend that runs an artifact."""
+    if artifact.manifest.kind == "engine":
+        return artifact.engine_record.backend
+    return "onnxruntime" if artifact.manifest.kind == "onnx" else "torch"
