@@ -115,7 +115,7 @@ TREXPORT_STOREYS = [
     {"artifact"},
     {"adapter_file"},
     {"session", "engine"},
-    {"parity", "inspecting"},
+    {"parity", "inspecting", "refit"},
     {"bench"},
     {"demo"},
     {"cli"},
@@ -174,7 +174,8 @@ def only_models_know_diffusers(imports: list[Import]) -> list[Import]:
 
 
 def backends_are_apart(imports: list[Import]) -> list[Import]:
-    """A backend imports the contract (base.py) and the registry (__init__.py), never another backend."""
+    """A backend imports the contract (base.py), the registry (__init__.py) and what both TensorRTs share (trt), never
+    another backend."""
     shared = ("trexport.backends", "trexport.backends.base")
     return [
         item
@@ -183,6 +184,7 @@ def backends_are_apart(imports: list[Import]) -> list[Import]:
         and item.importer not in shared
         and under(item.target, "trexport.backends")
         and item.target not in (*shared, item.importer)
+        and not under(item.target, "trexport.backends.trt")
     ]
 
 

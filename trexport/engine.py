@@ -18,6 +18,7 @@ from trexport.backends import EngineBackend, EngineOptions, OnnxFile, TorchModel
 from trexport.backends.base import BuildReport
 from trexport.disk import check_disk
 from trexport.errors import ArtifactError, UsageError
+from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
 from trexport.io_spec import BYTES_OF, default_sizes
@@ -25,7 +26,7 @@ from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.sample import sample_of
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, layers_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
@@ -76,7 +77,7 @@ def build_engine(
         raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
     options = backend.check(options, manifest.form)
     check_free(out, overwrite=overwrite)
-    source = _source(artifact, base, adapters, backend)
+    source = source_for(artifact, base, adapters, backend)
     check_disk(out, sum(int(torch.Size(shape).numel()) for shape in base.shapes().values()) * BYTES_OF[manifest.dtype])
     if dry_run:
         return None
@@ -94,6 +95,9 @@ def build_engine(
         if takes_adapters:
             shapes = layer_shapes(artifact)
             layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+        elif options.refit is not None:  # what a refit has to set back
+            shapes = base.linear_shapes()
+            layers = {path: shapes[path] for path in layers_of(adapters)}
         fields = record.to_dict() | {"file": f"{UNET_FOLDER}/{record.file}"}
         fields["layers"] = {path: list(shape) for path, shape in layers.items()}
         with progress.task("hash"):
@@ -139,9 +143,14 @@ def pristine_weights(artifact: Artifact) -> dict[str, Tensor]:
     return weights
 
 
-def _source(
+def source_for(
     artifact: Artifact, base: Base, adapters: Sequence[BoundAdapter], backend: EngineBackend
 ) -> TorchModel | OnnxFile:
+    """What a backend builds from: a torch model, or a graph as `trexport.graph.engine_graph` makes it.
+
+    Raises:
+        UsageError: an artifact that the backend cannot build from.
+    """
     manifest = artifact.manifest
     if backend.builds_from is TorchModel:
         if manifest.kind == "unet":
@@ -160,7 +169,8 @@ def _source(
             constants = {name: tensor for slot in factored.slots for name, tensor in slot.neutral().items()}
     elif manifest.swappable is not None:
         constants = pristine_weights(artifact)
-    return OnnxFile(artifact.onnx_path, manifest.io, constants)
+    graph = engine_graph(artifact.onnx_path, constants)
+    return OnnxFile(artifact.onnx_path, manifest.io, constants, graph)
 
 
 def _write_json(path: Path, fields: Any, *, sort_keys: bool = False) -> None:

@@ -15,12 +15,14 @@ from trexport.backends.base import Source as Source
 from trexport.backends.base import Step as Step
 from trexport.backends.base import TorchModel as TorchModel
 from trexport.backends.onnxruntime import OnnxRuntime
+from trexport.backends.tensorrt import TensorRt
+from trexport.backends.tensorrt_rtx import TensorRtRtx
 from trexport.backends.torch import TorchCompile, TorchEager
 from trexport.errors import MissingError, UsageError
 from trlora.errors import nearest
 
 BACKENDS: dict[str, AbstractBackend] = {
-    backend.name: backend for backend in (TorchEager(), TorchCompile(), OnnxRuntime())
+    backend.name: backend for backend in (TorchEager(), TorchCompile(), OnnxRuntime(), TensorRt(), TensorRtRtx())
 }
 
 

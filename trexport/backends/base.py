@@ -43,6 +43,8 @@ class OnnxFile:
     """Bound in every run, beside the inputs of `spec` or in their stead: the cores and strengths of a factored graph, the
     weights of a swappable one, the index of a bank. Those that lie on the runner's device are used where they lie, so that
     who overwrites them changes the next run."""
+    graph: bytes | None = None
+    """For builders: the graph where it is to differ from the file's, its external data beside `path`."""
     release_memory: bool = False
     """Give the memory of intermediate results back after every run, where the runtime keeps it for the next one."""
 

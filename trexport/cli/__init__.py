@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "onnx": ("trexport.cli.onnx", "Export a UNet to ONNX, with adapters merged in, kept factored, or swappable."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
+    "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),
     "validate": ("trexport.cli.validate", "Prove an artifact equal to PyTorch, or fail."),
     "bench": ("trexport.cli.bench", "Measure backends side by side."),
 }
