@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from trexport.graph.passes.attention import attention
 from trexport.graph.passes.islands import islands
@@ -25,5 +26,6 @@ def engine_graph(path: Path, inputs: Iterable[str] = ()) -> bytes:
     model = ir.load(path)
     required(model, inputs)
     attention(model)
+    common.ShapeInferencePass()(model)  # torch's exporter leaves some values without a type
     islands(model)
     return ir.serde.serialize_model(model).SerializeToString()

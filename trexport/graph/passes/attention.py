@@ -49,7 +49,7 @@ def attention(model: ir.Model) -> ir.Model:
         output.shape, output.type = old.shape, old.type
         name = old.name
         graph.insert_before(node, [turned, left, right, scores, weights, result])
-        old.replace_all_uses_with(output)
+        old.replace_all_uses_with(output, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         output.name = name
     return model
