@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
+from benchmarks import engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
 
 # name → (what it measures, needs CUDA, function)
 BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
@@ -17,6 +17,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "factored, swappable and bank of random:sd15 against merged and PEFT: step, swap, size, parity",
         False,
         forms_sd15.main,
+    ),
+    "engine-rtx": (
+        "TensorRT-RTX engines of random:sd15, built without a GPU: seconds, size, memory",
+        False,
+        engine_rtx.main,
     ),
     "forms-gpu": (
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
