@@ -73,7 +73,13 @@ class ModelSpec:
         return cls(inputs, tuple(TensorSpec.from_dict(entry) for entry in fields["outputs"]))
 
 
-def unet_spec(config: Mapping[str, Any], dtype: Dtype, sizes: Mapping[str, int] | None = None) -> ModelSpec:
+def unet_spec(
+    config: Mapping[str, Any],
+    dtype: Dtype,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    timestep_per_sample: bool = False,
+) -> ModelSpec:
     """The inputs and outputs of a `UNet2DConditionModel`.
 
     Args:
@@ -81,12 +87,13 @@ def unet_spec(config: Mapping[str, Any], dtype: Dtype, sizes: Mapping[str, int] 
         dtype: of all but `timestep`, which is a float32 scalar in every precision: fractional steps up to 1000 would be
             rounded in half precision.
         sizes: fixes axes by name (see `FREE_AXES`); those left out stay free.
+        timestep_per_sample: `timestep` is (batch,), so that samples of one batch may be at different steps.
     """
     sizes = sizes or {}
     batch, height, width, tokens = (sizes.get(axis, axis) for axis in FREE_AXES)
     inputs = [
         TensorSpec("sample", dtype, (batch, config["in_channels"], height, width)),
-        TensorSpec("timestep", "fp32", ()),
+        TensorSpec("timestep", "fp32", (batch,) if timestep_per_sample else ()),
         TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config))),
     ]
     if config.get("addition_embed_type") == "text_time":

@@ -22,7 +22,7 @@ from trexport.backends.base import (
 )
 from trexport.errors import ArtifactError, MissingError, RunError
 from trexport.io_spec import ModelSpec
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, spread_timestep
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
@@ -225,6 +225,7 @@ class _OnnxRuntimeRunner(Runner):
         self._session = None
 
     def _bind(self, session: Any, feeds: Mapping[str, Tensor]) -> Step:
+        feeds = spread_timestep(self.spec, feeds)
         inputs = {
             spec.name: feeds[spec.name].to(self.device, DTYPES[spec.dtype], copy=True).contiguous()
             for spec in self.spec.inputs

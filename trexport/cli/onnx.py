@@ -61,6 +61,9 @@ def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option(
     "--optimum", callback=_optimum, metavar="BxHxWxS", help="Factored: batch, height, width, tokens to plan for."
 )
+@click.option(
+    "--timestep-per-sample", is_flag=True, help="A timestep for each sample, so that servers can batch steps."
+)
 @click.option("--static", is_flag=True, help="Fix every axis, at the UNet's own sizes where no size is given.")
 @size_options
 @base_options
@@ -80,6 +83,7 @@ def command(
     path: PathName | None,
     plan_for: str,
     optimum: dict[str, int] | None,
+    timestep_per_sample: bool,
     static: bool,
     batch_size: int | None,
     height: int | None,
@@ -128,6 +132,7 @@ def command(
         fixed=fixed,
         factored=FactoredOptions(blank=blank, path=path, bank=bank, plan_for=plan_for) if factored else None,
         swappable=SwappableOptions(blank=blank) if swappable else None,
+        timestep_per_sample=timestep_per_sample,
         optimum=optimum,
     )
     plan = plan_export(opened, bound, out, options, overwrite=overwrite)

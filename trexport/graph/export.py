@@ -53,6 +53,8 @@ class ExportOptions:
     """Keep the adapters factored, as operators of domain `ai.trlora`."""
     swappable: SwappableOptions | None = None
     """Keep them out, in weights that a second model computes. Without this and `factored` they are merged."""
+    timestep_per_sample: bool = False
+    """`timestep` is (batch,): samples at different steps share a batch, and servers that know no scalars take the model."""
     optimum: Mapping[str, int] | None = None
     """Sizes that free axes will mostly have, for the factored form's plan; the UNet's own where not given."""
 
@@ -145,7 +147,7 @@ def plan_export(
     check_free(out, overwrite=overwrite)
     size_bytes = sum(math.prod(shape) for shape in base.shapes().values()) * BYTES_OF[options.dtype]
     check_disk(out, size_bytes)
-    spec = unet_spec(base.config, options.dtype, options.fixed)
+    spec = unet_spec(base.config, options.dtype, options.fixed, timestep_per_sample=options.timestep_per_sample)
     if options.swappable is not None:
         if options.factored is not None:
             raise UsageError("factored and swappable are two forms; choose one")

@@ -142,6 +142,14 @@ def call_arguments(feeds: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dic
     return (feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"]), kwargs
 
 
+def spread_timestep(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The feeds with a scalar `timestep` made one for each sample, where the model takes one for each."""
+    wanted = next((tensor for tensor in spec.inputs if tensor.name == "timestep"), None)
+    if wanted is None or not wanted.axes or "timestep" not in feeds or feeds["timestep"].dim():
+        return feeds
+    return {**feeds, "timestep": feeds["timestep"].expand(feeds["sample"].shape[0])}
+
+
 def random_feeds(
     spec: ModelSpec, sizes: Mapping[str, int], *, seed: int = 0, timestep: float = 500.0
 ) -> dict[str, Tensor]:
@@ -156,7 +164,7 @@ def random_feeds(
     feeds: dict[str, Tensor] = {}
     for tensor in spec.inputs:
         if tensor.name == "timestep":
-            feeds[tensor.name] = torch.tensor(float(timestep))
+            feeds[tensor.name] = torch.full(tensor.shape(sizes), float(timestep))
         elif tensor.name == ADAPTER_INDEX:
             feeds[tensor.name] = torch.zeros(tensor.shape(sizes), dtype=torch.int64)
         elif tensor.name == ADAPTER_STRENGTH:

@@ -270,6 +270,8 @@ def _feeds(
 ) -> dict[str, Tensor]:
     """Inputs of one step: random ones, with a sample's real prompts where there are some."""
     feeds = random_feeds(io, sizes, seed=seed, timestep=timestep)
+    if feeds["timestep"].dim():  # a step for each sample: the first has the one asked for, the others are elsewhere
+        feeds["timestep"] = (feeds["timestep"] + 311 * torch.arange(len(feeds["timestep"]))) % 1000
     if sample is not None and sizes["sequence_length"] == sample.prompts.shape[1]:
         shown = next(iter(sample.adapters.values()), {}).get("show_prompts") or range(len(sample.prompts) - 1)
         rows = [list(shown)[(seed + i) % len(list(shown))] for i in range(sizes["batch_size"])]

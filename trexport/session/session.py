@@ -19,7 +19,7 @@ from trexport.backends import BACKENDS, Device, Runner, Step, device_of
 from trexport.errors import RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, spread_timestep
 from trexport.session.adapters import AdapterStore
 from trexport.session.form import Prepared
 from trexport.session.forms import BankForm, form_of
@@ -175,7 +175,7 @@ class Session:
         """One step.
 
         Args:
-            feeds: the UNet's inputs by name, on any device, in any floating dtype.
+            feeds: the UNet's inputs by name, on any device, in any floating dtype; a scalar timestep is every sample's.
             adapters: of a bank: for each sample the name of its adapter, None for the base; what is active, for all samples,
                 where it is not given.
             strengths: one for each of `adapters`; None for the adapter's own.
@@ -354,10 +354,11 @@ class Session:
         missing, unknown = wanted.keys() - feeds.keys(), feeds.keys() - wanted.keys()
         if missing or unknown:
             raise UsageError(f"inputs missing: {sorted(missing)}, unknown: {sorted(unknown)}; expected {list(wanted)}")
+        feeds = spread_timestep(spec, {name: torch.as_tensor(feeds[name]) for name in wanted})
         sizes: dict[str, int] = {}
         given: dict[str, Tensor] = {}
         for name, tensor in wanted.items():
-            value = torch.as_tensor(feeds[name])
+            value = feeds[name]
             fits = value.dim() == len(tensor.axes)
             for axis, size in zip(tensor.axes, value.shape, strict=False):
                 expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)

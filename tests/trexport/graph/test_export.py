@@ -20,6 +20,8 @@ from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
 from trexport.models.unet import call_unet, load_unet, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
+from trexport.parity.validate import ValidateOptions, validate
+from trexport.session import Session
 
 
 def run(artifact: Artifact, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -124,3 +126,42 @@ def test_a_failed_export_leaves_nothing(base: Base, tmp_path: Path, monkeypatch:
     with pytest.raises(ExportError, match="no rule for this operator"):
         export_onnx(base, [], tmp_path / "x", ExportOptions(fixed=SIZES))
     assert leftovers(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def per_sample(tmp_path_factory: pytest.TempPathFactory, base: Base, adapter_folder: Path) -> Artifact:
+    """Merged, a timestep for each sample, the batch free."""
+    folder = tmp_path_factory.mktemp("onnx") / "per_sample"
+    fixed = {axis: size for axis, size in SIZES.items() if axis != "batch_size"}
+    options = ExportOptions(timestep_per_sample=True, fixed=fixed)
+    export_onnx(base, open_adapters([str(adapter_folder)], base), folder, options)
+    return open_artifact(folder)
+
+
+def test_samples_of_a_batch_may_be_at_different_steps(per_sample: Artifact) -> None:
+    base, adapters = per_sample.sources()
+    timestep = next(tensor for tensor in per_sample.manifest.io.inputs if tensor.name == "timestep")
+    assert timestep.axes == ("batch_size",)
+    model = load_unet(base)
+    merge_into_(model, adapters)
+    feeds = random_feeds(per_sample.manifest.io, SIZES | {"batch_size": 3}, seed=2)
+    feeds["timestep"] = torch.tensor([1.0, 999.0, 37.5])
+    with BACKENDS["onnxruntime"].load(OnnxFile(per_sample.onnx_path, per_sample.manifest.io), "cpu") as runner:
+        found = runner(feeds)["out_sample"]
+        for row in range(3):  # each alone, at its own step
+            own = {name: tensor[row : row + 1] for name, tensor in feeds.items()} | {"timestep": feeds["timestep"][row]}
+            with torch.inference_mode():
+                assert relative_l2(found[row : row + 1], call_unet(model, own)) <= 1e-5
+        scalar = runner({**feeds, "timestep": torch.tensor(37.5)})["out_sample"]
+        assert relative_l2(scalar[2], found[2]) <= 1e-6
+    with Session(per_sample) as session:
+        assert torch.equal(session.run(feeds)["out_sample"], found)
+        assert relative_l2(session.run({**feeds, "timestep": torch.tensor(37.5)})["out_sample"][2], found[2]) <= 1e-6
+        with pytest.raises(UsageError, match="timestep"):
+            session.run({**feeds, "timestep": torch.tensor([1.0, 2.0])})
+
+
+def test_a_step_for_each_sample_is_validated(per_sample: Artifact) -> None:
+    base, adapters = per_sample.sources()
+    options = ValidateOptions(timesteps=(1, 500), seeds=(0,), trajectory_steps=2, locate=False)
+    assert validate(per_sample, base, adapters, "cpu", options).passed

@@ -11,7 +11,7 @@ from torch import Tensor
 from trexport.backends.base import Device, EngineFile, Runner, Step
 from trexport.backends.trt.log import quiet_logger
 from trexport.errors import ArtifactError, RunError, UsageError
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, spread_timestep
 
 _WARM_UP = 3
 
@@ -102,6 +102,7 @@ class TensorRtRunner(Runner):
                 raise ArtifactError(f"{name}: shape {tuple(tensor.shape)} given, the engine takes {shape}")
 
     def _bind(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        feeds = spread_timestep(self.spec, feeds)
         inputs = {
             spec.name: feeds[spec.name].to("cuda", DTYPES[spec.dtype], copy=True).contiguous()
             for spec in self.spec.inputs
