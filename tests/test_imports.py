@@ -116,7 +116,7 @@ TREXPORT_STOREYS = [
     {"adapter_file"},
     {"session", "engine"},
     {"parity", "inspecting", "refit"},
-    {"bench"},
+    {"bench", "deploy"},
     {"demo"},
     {"cli"},
 ]

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),
     "validate": ("trexport.cli.validate", "Prove an artifact equal to PyTorch, or fail."),
+    "deploy": ("trexport.cli.deploy", "Lay out what an inference server needs, and check one that runs."),
     "bench": ("trexport.cli.bench", "Measure backends side by side."),
 }
 

@@ -144,3 +144,14 @@ def show_build(report: BuildReport) -> None:
     click.echo(f"built in {report.seconds:.1f} s{memory}")
     if report.note:
         click.echo(report.note)
+
+
+def show_checks(report: ServerReport) -> None:
+    """What a running server was checked for."""
+    rows = [
+        (check.what, f"{check.relative_l2:.2e}", f"{check.limit:.0e}", "yes" if check.passed else "NO")
+        for check in report.checks
+    ]
+    print_table(f"{report.url}: {report.model}", ["request", "relative L2", "limit", "equal"], rows)
+    for failure in report.failures:
+        click.echo(f"- {failure}")

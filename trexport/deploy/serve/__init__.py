@@ -1,0 +1,1 @@
+"""What runs inside the server: the models of Triton's python backend."""
