@@ -48,9 +48,7 @@ def command() -> None:
 )
 @click.option("--python-env", metavar="PATH", help="The server's virtual environment for its python models.")
 @click.option("--native/--python", default=None, help="Triton's own backend, or trexport's; what fits, unless given.")
-@click.option(
-    "--pipeline/--no-pipeline", "image", default=True, show_default=True, help="Add the denoising model."
-)
+@click.option("--pipeline/--no-pipeline", "image", default=True, show_default=True, help="Add the denoising model.")
 @device_option
 @dry_run_option
 @json_option

@@ -11,6 +11,7 @@ from trexport.backends.base import BuildReport
 from trexport.bench.forms import FormsReport
 from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
+from trexport.deploy.check import ServerReport
 from trexport.graph.factored import Factored
 from trexport.parity.report import ParityReport
 

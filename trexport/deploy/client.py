@@ -17,7 +17,13 @@ from trexport.errors import ArtifactError, MissingError, RunError, TrexportError
 
 TIMEOUT_SECONDS = 120.0
 
-_TYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.int64: "INT64", torch.int32: "INT32"}
+_TYPES = {
+    torch.float32: "FP32",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+    torch.int32: "INT32",
+}
 _TRANSPORTS = {"http": ("tritonclient.http", "HTTP"), "grpc": ("tritonclient.grpc", "gRPC")}
 
 
@@ -42,7 +48,9 @@ class TritonClient:
         try:
             self._module = importlib.import_module(name)
         except ImportError as error:
-            raise MissingError(f"tritonclient for {transport} is not installed; install trexport[triton-client]") from error
+            raise MissingError(
+                f"tritonclient for {transport} is not installed; install trexport[triton-client]"
+            ) from error
         self.url = url
         self._grpc = parts.scheme == "grpc"
         try:
@@ -62,7 +70,9 @@ class TritonClient:
             raise RunError(f"{self.url}: {error}") from error
         if not ready:
             raise ArtifactError(f"{self.url}: no model {model!r} is ready there; say which with --name")
-        found = self._client.get_model_config(model, as_json=True) if self._grpc else self._client.get_model_config(model)
+        found = (
+            self._client.get_model_config(model, as_json=True) if self._grpc else self._client.get_model_config(model)
+        )
         return found["config"] if self._grpc else found
 
     def has(self, model: str) -> bool:
@@ -81,7 +91,7 @@ class TritonClient:
         Raises:
             RunError: the server's error.
         """
-        given = [self._input(name, tensor.cpu().contiguous().numpy(), _TYPES[tensor.dtype]) for name, tensor in inputs.items()]
+        given = [self._input(name, _array(tensor), _TYPES[tensor.dtype]) for name, tensor in inputs.items()]
         for name, rows in (text or {}).items():
             array = np.array([[item.encode() for item in row] for row in rows], dtype=np.object_)
             given.append(self._input(name, array, "BYTES"))
@@ -117,5 +127,13 @@ def parameter(config: Mapping[str, Any], key: str) -> Any:
     return None if entry is None else json.loads(entry["string_value"])
 
 
+def _array(tensor: Tensor) -> Any:
+    """As tritonclient takes it: bfloat16, which numpy lacks, as float32."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def _no_answer(url: str, transport: str, reason: object) -> TrexportError:
-    return TrexportError(f"{url}: no server answers there over {transport} ({reason}); is it running, and is the port right?")
+    return TrexportError(
+        f"{url}: no server answers there over {transport} ({reason}); is it running there?"
+    )
