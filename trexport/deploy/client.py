@@ -134,6 +134,4 @@ def _array(tensor: Tensor) -> Any:
 
 
 def _no_answer(url: str, transport: str, reason: object) -> TrexportError:
-    return TrexportError(
-        f"{url}: no server answers there over {transport} ({reason}); is it running there?"
-    )
+    return TrexportError(f"{url}: no server answers there over {transport} ({reason}); is it running there?")
