@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 # torch first and by its exact version: any other spelling lets pip pull several gigabytes of CUDA packages onto a CPU machine
 TORCH  ?= torch==2.13.0
 OUT    ?= demo-output
+# the Triton server of the tests, whose numpy is older than theirs; its wheel is for Linux and Python below 3.13
+TRITON := .envs/triton
+HAS_TRITON := $(shell $(PYTHON) -c 'import sys; print(sys.platform == "linux" and sys.version_info < (3, 13) or "")')
 
 .PHONY: demo test lint format bench clean
 .DEFAULT_GOAL := demo
@@ -24,10 +27,16 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[dev]" "$(TORCH)"
 	touch $@ $(VENV)/.run
 
+$(TRITON)/.ready: $(VENV)/.python pyproject.toml
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install -q "$(TORCH)"
+	$(TRITON)/bin/python -m pip install -q -e ".[onnxruntime,triton]" "$(TORCH)"
+	touch $@
+
 demo: $(VENV)/.run
 	$(BIN)/trexport demo -o $(OUT) --overwrite
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(if $(HAS_TRITON),$(TRITON)/.ready)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
@@ -44,4 +53,4 @@ bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist
+	rm -rf $(VENV) $(TRITON) $(OUT) build dist
