@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
+from benchmarks import engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu, triton_serving
 
 # name → (what it measures, needs CUDA, function)
 BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         False,
         engine_rtx.main,
     ),
+    "triton": ("a step of the sample through Triton against the session itself", False, triton_serving.main),
     "forms-gpu": (
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
         True,

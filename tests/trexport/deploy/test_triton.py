@@ -26,6 +26,7 @@ from trexport.models.base import Base
 from trexport.models.unet import random_feeds
 from trexport.profile import Profile
 from trexport.session import Session
+from trlora import save_adapter
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 messages = pytest.importorskip("tritonclient.grpc").model_config_pb2
@@ -108,7 +109,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "name": ("onnx_artifact", {"name": "a/b"}, "expected letters"),
     "one timestep": ("onnx_artifact", {"native": True}, "--timestep-per-sample"),
     "form": ("swappable", {"native": True}, "chosen by trexport's own code"),
-    "fixed batch": ("half_artifact", {"native": True}, "--timestep-per-sample"),
     "no adapters": ("onnx_artifact", {"adapters": Path("x")}, "takes no adapters"),
     "no folder": ("swappable", {"adapters": Path("nowhere")}, "no such folder"),
 }
@@ -123,11 +123,22 @@ def test_refused_before_anything_is_written(
     assert leftovers(tmp_path) == []
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, bank: Artifact, lora_folder: Path) -> None:
-    """The bank is for tensor rings."""
-    copy_of(lora_folder, tmp_path / "adapters" / "ink")
-    with pytest.raises(ArtifactError, match="export for this adapter's shapes"):
-        plan_triton(bank, tmp_path / "repository", TritonOptions(adapters=tmp_path / "adapters"))
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, base: Base, swappable: Artifact) -> None:
+    """Of a higher rank than the graph was exported for."""
+    (bound,) = open_adapters(["random:lora:9"], base)
+    save_adapter(bound.adapter, tmp_path / "adapters" / "ink")
+    with pytest.raises(ArtifactError, match="rank"):
+        plan_triton(swappable, tmp_path / "repository", TritonOptions(adapters=tmp_path / "adapters"))
+
+
+def test_a_fixed_batch_is_for_the_python_backend(per_sample: Artifact) -> None:
+    io = per_sample.manifest.io
+    inputs = tuple(replace(tensor, axes=(2, *tensor.axes[1:])) for tensor in io.inputs)
+    fixed = Artifact(per_sample.folder, replace(per_sample.manifest, io=replace(io, inputs=inputs)))
+    with pytest.raises(UsageError, match="its batch is fixed"):
+        unet_config(fixed, TritonOptions(native=True))
+    config = unet_config(fixed, TritonOptions())
+    assert (config.backend, config.max_batch) == ("python", 2)
 
 
 def test_a_base_that_has_gone_needs_no_pipeline(tmp_path: Path, onnx_artifact: Artifact) -> None:
