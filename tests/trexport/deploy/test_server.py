@@ -287,6 +287,26 @@ def test_fifty_clients_at_once_each_get_their_own(server: TritonServer, sample: 
     assert executions(server) - before < 50  # some did run together
 
 
+def test_pictures_asked_for_by_several_clients_share_runs_of_the_unet(server: TritonServer, sample: Sample) -> None:
+    """They wait for the first one, and then are drawn side by side."""
+    clients, steps = 5, 8
+    asked = {"prompt_embeds": sample.prompts[:1], "num_inference_steps": torch.full((1, 1), steps).int()}
+    before = executions(server)
+    found: list[Tensor] = []
+
+    def draw(seed: int) -> None:
+        with TritonClient(f"grpc://{server.grpc}") as own:
+            found.append(own.run("unet_image", asked | {"seed": torch.tensor([[seed]])})["images"])
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == clients
+    assert executions(server) - before < clients * steps
+
+
 def executions(server: TritonServer) -> int:
     """How many times Triton has called the UNet's model."""
     with urllib.request.urlopen(f"http://{server.http}/v2/models/unet/stats", timeout=10) as answer:

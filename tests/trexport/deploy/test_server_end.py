@@ -20,6 +20,7 @@ from trexport.deploy.triton import write_triton
 from trexport.errors import RunError
 from trexport.io_spec import unet_spec
 from trexport.models.base import Base
+from trexport.models.diffusion import Denoising
 from trexport.models.unet import random_feeds
 from trexport.session import Session
 
@@ -47,37 +48,48 @@ def test_a_server_whose_stub_cannot_read_numpy_refuses_to_start(tiny: Path, tmp_
 
 
 def test_a_server_told_to_end_answers_right_or_not_at_all(tiny: Path, onnx_artifact: Artifact, base: Base) -> None:
-    """Clients send without pause when SIGTERM comes, over both protocols."""
+    """Clients send without pause when SIGTERM comes: three want steps, over both protocols, the fourth pictures."""
     feeds = [random_feeds(unet_spec(base.config, "fp32"), SIZES, seed=seed, timestep=50.0 * seed) for seed in range(4)]
     with Session(onnx_artifact) as session:
-        wanted = [session.run(given)["out_sample"] for given in feeds]
+        wanted = [session.run(given)["out_sample"] for given in feeds[:3]]
+        others = {"encoder_hidden_states": feeds[3]["encoder_hidden_states"]}
+        denoising = Denoising.of_folder(base.folder, 3)
+        wanted.append(denoising.run(lambda given: session.run(given)["out_sample"], feeds[3]["sample"], others))
+    asked = [given | {"timestep": given["timestep"].expand(2)[:, None]} for given in feeds[:3]]
+    asked.append(
+        {
+            "prompt_embeds": feeds[3]["encoder_hidden_states"],
+            "latents": feeds[3]["sample"],
+            "num_inference_steps": torch.full((2, 1), 3).int(),
+            "guidance_scale": torch.ones(2, 1),
+        }
+    )
     answers: list[tuple[int, Tensor]] = []
     refused: list[str] = []
 
     def send(number: int) -> None:
-        given = feeds[number] | {"timestep": feeds[number]["timestep"].expand(2)[:, None]}
-        with TritonClient(f"http://{address}" if number % 2 else f"grpc://{grpc}") as client:
+        model, output = ("unet_image", "latents") if number == 3 else ("unet", "out_sample")
+        with TritonClient(f"http://{server.http}" if number % 2 else f"grpc://{server.grpc}") as client:
             while True:
                 try:
-                    answers.append((number, client.run("unet", given)["out_sample"]))
+                    answers.append((number, client.run(model, asked[number])[output]))
                 except RunError as error:
                     refused.append(str(error))
                     return
 
     with triton_server(tiny, ["unet", "unet_image"]) as server:
-        address, grpc = server.http, server.grpc
         threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
-        while len(answers) < 8:
+        end = time.monotonic() + 60
+        while {number for number, _ in answers} != {0, 1, 2, 3} and time.monotonic() < end:
             time.sleep(0.01)
-        before = len(answers)
         server.terminate()
         for thread in threads:
             thread.join(60)
-        assert not any(thread.is_alive() for thread in threads)
+        assert not any(thread.is_alive() for thread in threads)  # none waits for ever
+        assert len(refused) == 4
         assert server.process.wait(60) is not None
-    assert len(answers) >= before
-    assert len(refused) == 4  # each client was told, none waits for ever
+    assert {number for number, _ in answers} == {0, 1, 2, 3}
     for number, found in answers:
         torch.testing.assert_close(found, wanted[number], rtol=0, atol=1e-5)
