@@ -155,7 +155,9 @@ def source_for(
     if backend.builds_from is TorchModel:
         if manifest.kind == "unet":
             return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
-        return TorchModel(base, () if manifest.swappable is not None else adapters, manifest.dtype)
+        timestep = next(tensor for tensor in manifest.io.inputs if tensor.name == "timestep")
+        merged = () if manifest.swappable is not None else adapters
+        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep.axes))
     if manifest.kind != "onnx":
         raise UsageError(
             f"{artifact.folder}: a UNet for torch; {backend.name} builds from an artifact of trexport onnx"
