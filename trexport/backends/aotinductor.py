@@ -299,11 +299,13 @@ def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[st
 @contextmanager
 def _own_cache() -> Iterator[None]:
     """Inductor's cache in a temporary folder, unless the user has chosen one: it grows by a hundred megabytes a build."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        yield
-        return
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from torch._inductor.utils import fresh_cache
 
+    # torch itself puts its default there
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        yield
+        return
     with fresh_cache():
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -102,6 +102,8 @@ def validate(
         if options.trajectory_steps:
             denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
+            if sample is not None and shapes[0]["sequence_length"] != sample.prompts.shape[1]:
+                denoising = replace(denoising, guidance=1.0)  # its empty prompt is not that long
             trajectory = _compare_trajectory(runner, reference, denoising, feeds, groups[0], progress)
     failures: list[str] = []
     for number, who in enumerate(groups):
@@ -325,7 +327,12 @@ def _compare_trajectory(
     noise = feeds["sample"].float()
 
     def run(f: Mapping[str, Tensor]) -> Tensor:
-        return runner({**f, **who.feeds(f["sample"].shape[0], reference.strengths)})["out_sample"].cpu()
+        # guidance doubles the batch, which a model of fixed sizes does not take
+        parts = []
+        for first in range(0, f["sample"].shape[0], len(noise)):
+            rows = {name: t[first : first + len(noise)] if t.dim() else t for name, t in f.items()}
+            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})["out_sample"].cpu())
+        return torch.cat(parts)
 
     found = denoising.run(run, noise, given, progress=progress)
     wide = {name: tensor.float() for name, tensor in given.items()}
