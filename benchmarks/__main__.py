@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
+from benchmarks import engine_gpu, engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu
 
 # name → (what it measures, needs CUDA, function)
 BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
@@ -22,6 +22,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "TensorRT-RTX engines of random:sd15, built without a GPU: seconds, size, memory",
         False,
         engine_rtx.main,
+    ),
+    "engine-gpu": (
+        "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
+        True,
+        engine_gpu.main,
     ),
     "forms-gpu": (
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",

@@ -21,7 +21,7 @@ from trexport.errors import ArtifactError, UsageError
 from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, default_sizes
+from trexport.io_spec import BYTES_OF, default_sizes, downscale_of
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
@@ -76,6 +76,7 @@ def build_engine(
     if manifest.kind == "engine":
         raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
     options = backend.check(options, manifest.form)
+    _check_multiples(options, base)
     check_free(out, overwrite=overwrite)
     source = source_for(artifact, base, adapters, backend)
     check_disk(out, sum(int(torch.Size(shape).numel()) for shape in base.shapes().values()) * BYTES_OF[manifest.dtype])
@@ -121,6 +122,14 @@ def build_engine(
         )
         built.write(folder)
     return built, report
+
+
+def _check_multiples(options: EngineOptions, base: Base) -> None:
+    multiple = downscale_of(base.config)
+    for profile in options.profiles:
+        for axis in ("height", "width"):
+            if any(sizes[axis] % multiple for sizes in (profile.min, profile.opt, profile.max)):
+                raise UsageError(f"profile {profile}: {axis} must be a multiple of {multiple} for this UNet")
 
 
 def default_profile(artifact: Artifact, base: Base) -> Profile:

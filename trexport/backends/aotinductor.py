@@ -1,22 +1,34 @@
-"""AOTInductor: PyTorch's own compiler, ahead of time. A package is loaded with torch alone:
+"""AOTInductor: a UNet compiled ahead of time by PyTorch's own compiler into a `.pt2` package, for the CPU or CUDA.
+
+The package needs torch alone, none of our code:
 
 ```python
-unet = torch._inductor.aoti_load_package("unet/model.pt2")
-out = unet(sample=x, timestep=t, encoder_hidden_states=c)  # inputs by the names of the UNet's spec
-unet.load_constants({"<path>.to_q.weight": w}, check_full_update=False)  # weights have their PyTorch names
+import torch
+
+model = torch._inductor.aoti_load_package("engine/unet/model.pt2")
+out = model(sample=x, timestep=torch.tensor(500.0), encoder_hidden_states=c)  # a tensor; SDXL also text_embeds, time_ids
+model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_update=False)  # the UNet's parameter names
 ```
+
+Inputs are contiguous, of the dtypes in the manifest, on the package's device, inside its profile. torch takes constants of a
+wrong shape without a word and draws garbage: check them first, as the runner here does. A package is machine code: load only
+what you trust.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +47,19 @@ from trexport.backends.base import (
     Step,
     TorchModel,
 )
-from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
-from trexport.io_spec import FREE_AXES, ModelSpec, downscale_of, unet_spec
+from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
+from trexport.io_spec import ModelSpec, downscale_of, unet_spec
 from trexport.models.unet import DTYPES, call_unet, load_unet, merge_into_, random_feeds, spread_timestep
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 
 _WARM_UP = 3
-# of what cannot be an instruction set of this machine's compiler
-_NO_NOTION = {
-    "targets": "--target",
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_MULTIPLE = "height_width_multiple"
+_FEATURES = "cpu_features"
+_LAST_WORDS = 1500
+# What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
+_UNKNOWN = {
     "optimization_level": "--optimization-level",
     "workspace_bytes": "--workspace",
     "timing_cache": "--timing-cache",
@@ -56,14 +71,15 @@ _NO_NOTION = {
 
 
 @final
-class _Step(nn.Module):
-    """One step with its inputs by name, and the UNet's parameters under their own names."""
+class _UNetStep(nn.Module):
+    """The UNet as a function of tensors named as the spec's. It has the UNet's own children, so that the names of all
+    parameters are the UNet's."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        for name, child in unet.named_children():
+        for name, child in model.named_children():
             self.add_module(name, child)
-        object.__setattr__(self, "_unet", unet)  # as a child it would put its name before every parameter's
+        self._model = (model,)  # in a tuple it is no child: its parameters would be here twice
 
     def forward(
         self,
@@ -76,34 +92,106 @@ class _Step(nn.Module):
         feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         if text_embeds is not None and time_ids is not None:
             feeds |= {"text_embeds": text_embeds, "time_ids": time_ids}
-        unet: Any = self._unet
-        return call_unet(unet, feeds)
+        return call_unet(self._model[0], feeds)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's compiler has to say to its own developers."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """A cache of the compiler that is gone afterwards, unless the user has one: torch's default grows without end."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from torch._inductor.utils import fresh_cache
+
+    # torch itself puts its default there
+    if os.environ.get(_CACHE, default_cache_dir()) != default_cache_dir():
+        yield
+        return
+
+    with tempfile.TemporaryDirectory(prefix="trexport-inductor-") as folder, fresh_cache(dir=folder, delete=False):
+        yield
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that torch would call, None where it is not here."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(name)
+
+
+def _cpu_features() -> list[str]:
+    """What this CPU can do, by torch's names. The compiler makes code for all of it (`-march=native`)."""
+    return sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+
+
+def _target(device: Device) -> str:
+    return "cpu" if device == "cpu" else "sm{}{}".format(*torch.cuda.get_device_capability())
+
+
+def _traced_sizes(profile: Profile) -> dict[str, int]:
+    """The usual sizes, but 2 where a free axis would be 1: torch takes a 1 for a constant."""
+    return {axis: size if axis in profile.fixed else max(2, size) for axis, size in profile.opt.items()}
+
+
+def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[str, dict[int, Any] | None]:
+    """Input → dimension → its bounds, for the axes that the profile leaves free."""
+    dims: dict[str, Any] = {}
+    for axis in profile.opt.keys() - profile.fixed.keys():
+        least, most = profile.min[axis], profile.max[axis]
+        if axis in ("height", "width") and multiple > 1:
+            dims[axis] = multiple * torch.export.Dim(axis, min=least // multiple, max=most // multiple)
+        else:
+            dims[axis] = torch.export.Dim(axis, min=least, max=most)
+    return {
+        tensor.name: {n: dims[axis] for n, axis in enumerate(tensor.axes) if axis in dims} or None
+        for tensor in spec.inputs
+    }
 
 
 @final
 class _AotInductorRunner(Runner):
+    """A loaded package. Weights given as `constants` are used where they lie: who overwrites them changes the next run."""
+
     def __init__(self, source: EngineFile, device: Device) -> None:
         self.spec = source.spec
         self.device = device
-        self._profile = source.record.profiles[0]
+        self._record = source.record
+        (self._profile,) = source.record.profiles
+        self._constants = self._checked_constants(source)
         try:
             with _quiet():
-                self._model: Any = torch._inductor.aoti_load_package(str(source.path))
-        except (RuntimeError, OSError) as error:
-            raise ArtifactError(f"{source.path}: torch {torch.__version__} does not load it: {error}") from error
-        self._constants = {name: tensor.to(device) for name, tensor in source.constants.items()}
+                # torch's own lock around a run cannot be captured in a CUDA graph
+                self._model: Any = torch._inductor.aoti_load_package(
+                    str(source.path), run_single_threaded=device == "cuda"
+                )
+        except Exception as error:  # torch raises what it has at hand
+            raise ArtifactError(
+                f"{source.path}: torch {torch.__version__} does not load this package ({_first_line(error)}); "
+                "build the engine again"
+            ) from error
         if self._constants:
-            self._check_constants(source)
-            # by reference: who overwrites them changes the next run
+            lacks = self._constants.keys() - set(self._model.get_constant_fqns())
+            if lacks:
+                raise ArtifactError(f"{source.path}: {min(lacks)} is not in the package; build the engine again")
             self._model.load_constants(self._constants, check_full_update=False, user_managed=True)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.spec.outputs[0].name: self._run(self._inputs(feeds)).clone()}
+        return {self.spec.outputs[0].name: self._run(self._checked(feeds))}
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        inputs = self._inputs(feeds)
+        inputs = self._checked(feeds)
         name = self.spec.outputs[0].name
-        buffer = self._run(inputs).clone()
+        buffer = self._run(inputs)
         if self.device == "cpu":
 
             def run() -> None:
@@ -123,47 +211,80 @@ class _AotInductorRunner(Runner):
 
     def close(self) -> None:
         self._model = None
+        self._constants = {}
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.inference_mode():
-            return self._model(**inputs)
+        try:
+            with torch.no_grad():  # not inference mode: whoever has the output may write into it
+                return self._model(**inputs)
+        except RuntimeError as error:
+            raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
 
-    def _inputs(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in the dtypes, layout and sizes that the code was compiled for: it checks none of them itself."""
+    def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, copied to where and how the compiled code expects them: it does not look itself.
+
+        Raises:
+            UsageError: an input missing, or of a rank or size that the engine does not take.
+        """
         feeds = spread_timestep(self.spec, feeds)
-        inputs: dict[str, Tensor] = {}
         sizes: dict[str, int] = {}
+        inputs: dict[str, Tensor] = {}
         for tensor in self.spec.inputs:
-            value = feeds[tensor.name].to(self.device, DTYPES[tensor.dtype], copy=True).contiguous()
+            if tensor.name not in feeds:
+                raise UsageError(f"{tensor.name}: missing; expected {[wanted.name for wanted in self.spec.inputs]}")
+            value = feeds[tensor.name]
             fits = value.dim() == len(tensor.axes)
             for axis, size in zip(tensor.axes, value.shape, strict=False):
                 fits = fits and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
             if not fits:
-                raise UsageError(f"{tensor.name}: shape {list(value.shape)} found, expected {list(tensor.axes)}")
-            inputs[tensor.name] = value
-        if not self._profile.holds(sizes):
-            raise UsageError(f"sizes {sizes} found, the engine takes {self._profile}")
+                axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
+                raise UsageError(f"{tensor.name}: shape {list(value.shape)} found, expected {axes}")
+            inputs[tensor.name] = value.to(
+                self.device, DTYPES[tensor.dtype], copy=True, memory_format=torch.contiguous_format
+            )
+        multiple = self._record.settings[_MULTIPLE]
+        if not self._profile.holds(sizes) or any(sizes.get(axis, 0) % multiple for axis in ("height", "width")):
+            raise UsageError(
+                f"sizes {sizes} found, the engine takes batch x height x width x tokens {self._profile}, height and width "
+                f"multiples of {multiple}; build one with a wider --profile"
+            )
         return inputs
 
-    def _check_constants(self, source: EngineFile) -> None:
-        """torch takes a constant of any shape, and computes rubbish."""
-        names = set(self._model.get_constant_fqns())
-        dtype = DTYPES[self.spec.outputs[0].dtype]
-        for name, tensor in self._constants.items():
-            if name not in names:
-                raise ArtifactError(f"{source.path}: has no weight {name}; build it again")
-            expected = source.record.layers.get(name.removesuffix(".weight"))
-            if tuple(tensor.shape) != expected or tensor.dtype != dtype or not tensor.is_contiguous():
+    def _checked_constants(self, source: EngineFile) -> dict[str, Tensor]:
+        """Weights to put in the place of the package's own, on the device. torch itself would take any shape.
+
+        Raises:
+            ArtifactError: one that is no adapted weight of the engine, or of another shape or dtype.
+        """
+        (dtype,) = [DTYPES[tensor.dtype] for tensor in self.spec.inputs if tensor.name == "sample"]
+        layers = {f"{path}.weight": shape for path, shape in source.record.layers.items()}
+        for name, tensor in source.constants.items():
+            if name not in layers:
+                raise ArtifactError(f"{source.path}: {name} is no weight that this engine lets be replaced")
+            if tuple(tensor.shape) != layers[name] or tensor.dtype != dtype:
                 raise ArtifactError(
-                    f"{name}: {tensor.dtype} {tuple(tensor.shape)} given, the engine takes {dtype} {expected}"
+                    f"{source.path}: {name}: {tensor.dtype} of shape {list(tensor.shape)} found, expected {dtype} of "
+                    f"{list(layers[name])}"
                 )
+        return {name: tensor.to(self.device).contiguous() for name, tensor in source.constants.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _last_words(error: BaseException) -> str:
+    """The end of what a compiler said, without the colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+    return text if len(text) <= _LAST_WORDS else "… " + text[-_LAST_WORDS:]
 
 
 @final
 class AotInductor(EngineBackend):
-    """`torch.export`, compiled to a `.pt2` package for the CPU or GPU that is here; every weight can be replaced."""
+    """`torch.export`, then AOTInductor; channels-last on CUDA, where a step is a CUDA graph."""
 
     name: ClassVar[str] = "aotinductor"
     builds_from: ClassVar[type[TorchModel] | type[OnnxFile]] = TorchModel
@@ -175,144 +296,114 @@ class AotInductor(EngineBackend):
         return Availability(True, torch.__version__)
 
     def check(self, options: EngineOptions, form: str) -> EngineOptions:
-        for field, name in _NO_NOTION.items():
-            if getattr(options, field):
-                raise UsageError(f"aotinductor: has no notion of {name}; it compiles for the --device that is here")
-        if len(options.profiles) != 1:
-            raise UsageError(f"aotinductor: {len(options.profiles)} profiles given, it takes one")
-        if form == "factored":
+        if options.targets:
             raise UsageError(
-                "aotinductor: compiles merged and swappable models; export without --factored, or with --swappable, "
-                "whose adapters are replaced in place too"
+                f"--target {','.join(options.targets)}: aotinductor compiles for the machine it runs on; leave it out, and "
+                "choose --device"
+            )
+        for field, option in _UNKNOWN.items():
+            if getattr(options, field) not in (None, False):
+                raise UsageError(f"{option}: aotinductor has no such option; leave it out")
+        if len(options.profiles) != 1:
+            raise UsageError(
+                f"{len(options.profiles)} profiles given, aotinductor takes one; give one that holds all sizes"
+            )
+        if form == "factored":
+            raise UsageError("a factored artifact or bank: aotinductor compiles merged and swappable models")
+        if _compiler() is None:
+            name = os.environ.get("CXX") or "g++"
+            raise MissingError(
+                f"aotinductor: no C++ compiler, {name} is not on the PATH; install g++ (apt install g++), or set CXX"
             )
         available = self.availability(options.device)
         if not available.ok:
             raise MissingError(f"aotinductor: {available.reason}")
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise MissingError(
-                f"aotinductor: no C++ compiler {compiler!r} is here; install g++ (Debian and Ubuntu: apt install g++), "
-                "or name one in CXX"
-            )
         return options
 
     def build(
-        self, source: TorchModel | OnnxFile, folder: Path, options: EngineOptions, *, progress: Progress = SILENT
+        self,
+        source: TorchModel | OnnxFile,
+        folder: Path,
+        options: EngineOptions,
+        *,
+        progress: Progress = SILENT,
     ) -> tuple[EngineRecord, BuildReport]:
         assert isinstance(source, TorchModel)
-        start = time.perf_counter()
         (profile,) = options.profiles
-        unet: Any = load_unet(source.base, source.dtype, progress=progress)
-        merge_into_(unet, source.adapters, progress=progress)
-        unet.to(options.device)
-        if options.device == "cuda":
-            unet.to(memory_format=torch.channels_last)
+        device = options.device
         spec = unet_spec(source.base.config, source.dtype, timestep_per_sample=source.timestep_per_sample)
-        feeds = {n: t.to(options.device) for n, t in random_feeds(spec, profile.opt).items()}
+        multiple = downscale_of(source.base.config)
+        model = cast(nn.Module, load_unet(source.base, source.dtype, progress=progress))
+        merge_into_(model, source.adapters, progress=progress)
+        model.to(device)
+        if device == "cuda":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}
+        settings: dict[str, Any] = {
+            # a literal in the code cannot be replaced
+            "always_keep_tensor_constants": True,
+            # it may run on a machine with another number of cores
+            "cpp.dynamic_threads": True,
+        }
         path = folder / self.file_name
-        with _quiet(), _own_cache(), torch.no_grad():
-            try:
-                with progress.task("export"):
-                    shapes = _dynamic_shapes(spec, profile, downscale_of(source.base.config))
-                    program = torch.export.export(_Step(unet).eval(), (), feeds, dynamic_shapes=shapes)
+        start = time.perf_counter()
+        try:
+            with _quiet(), _cache(), torch.no_grad():
+                with progress.task("trace"):
+                    program = torch.export.export(
+                        _UNetStep(model).eval(),
+                        (),
+                        feeds,
+                        dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
+                    )
                 with progress.task("compile"):
-                    settings = {"always_keep_tensor_constants": True}
-                    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
-            except Exception as error:  # torch's compilers raise what they like
-                raise ExportError(f"aotinductor: torch does not compile the UNet: {_reason(error)}") from error
-            compiled = torch._inductor.aoti_load_package(str(path)).get_metadata()
-        target, isa = target_here(options.device)
-        isa = compiled.get("AOTI_CPU_ISA", isa) if options.device == "cpu" else None
+                    torch._inductor.aoti_compile_and_package(
+                        program, package_path=str(path), inductor_configs=dict(settings)
+                    )
+        except Exception as error:  # tracer, compiler and linker each have their own
+            raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
+        settings |= {"device": device, _MULTIPLE: multiple}
+        if device == "cpu":
+            settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(
-            self.name,
-            self.file_name,
-            {"torch": torch.__version__},
-            (target,),
-            options.profiles,
-            {"device": options.device, "isa": isa, "inductor": settings},
+            backend=self.name,
+            file=self.file_name,
+            runtime={"torch": torch.__version__},
+            targets=(_target(device),),
+            profiles=(profile,),
+            settings=settings,
         )
         return record, BuildReport(time.perf_counter() - start, path.stat().st_size)
 
+    def loads_here(self, record: EngineRecord) -> tuple[bool, str]:
+        built = record.runtime["torch"]
+        if _minor(built) != _minor(torch.__version__):
+            return False, f"it was built with torch {built}, here is {torch.__version__}; build it again"
+        (target,) = record.targets
+        if target == "cpu":
+            lacks = sorted(set(record.settings[_FEATURES]) - set(_cpu_features()))
+            if lacks:
+                return False, f"it was built for {record.settings['isa']}, and this CPU has no {', '.join(lacks)}"
+            return True, f"torch {torch.__version__}, and this CPU has all that it was built for"
+        if not torch.cuda.is_available():
+            return False, f"it was built for {target}, and torch sees no CUDA device here"
+        if _target("cuda") != target:
+            return False, f"it was built for {target}, here is {_target('cuda')}; build it again"
+        return True, f"torch {torch.__version__} and {target}"
+
     def load(self, source: Source, device: Device) -> Runner:
         assert isinstance(source, EngineFile)
-        built = source.record.settings.get("device")
-        if built != device:
-            raise MissingError(f"aotinductor: the engine was compiled for {built}, use --device {built}")
-        ok, reason = self.loads_here(source.record)
+        available = self.availability(device)
+        if not available.ok:
+            raise MissingError(f"aotinductor: {available.reason}")
+        ok, why = self.loads_here(source.record)
         if not ok:
-            raise MissingError(f"aotinductor: {reason}")
+            raise MissingError(f"{source.path}: this engine does not load here: {why}")
+        own: Device = "cpu" if source.record.targets == ("cpu",) else "cuda"
+        if own != device:
+            raise UsageError(f"{source.path}: this engine was built for {own}; use --device {own}")
         return _AotInductorRunner(source, device)
 
-    def loads_here(self, record: EngineRecord) -> tuple[bool, str]:
-        built, here = record.runtime.get("torch", ""), torch.__version__
-        if built.split(".")[:2] != here.split(".")[:2]:
-            return False, f"compiled with torch {built}, {here} is installed; build it again, or install that torch"
-        device = record.settings.get("device")
-        if device == "cuda" and not torch.cuda.is_available():
-            return False, f"compiled for a GPU ({', '.join(record.targets)}), torch sees none here"
-        target, isa = target_here("cuda" if device == "cuda" else "cpu")
-        if target not in record.targets:
-            return False, f"compiled for {', '.join(record.targets)}, {target} is here; build it again on it"
-        wanted = record.settings.get("isa")
-        if device == "cpu" and _LEVELS.get(str(wanted), 99) > _LEVELS.get(str(isa), 0):
-            return False, f"compiled for a CPU with {wanted}, this one has {isa}; build it again on it"
-        return True, f"torch {here} and {target} are here"
 
-
-def _reason(error: Exception) -> str:
-    """The first line of what torch says, and of a C++ compiler that failed its last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{lines[0]}: {lines[-1]}" if "compile error" in lines[0] else lines[0]
-
-
-_LEVELS = {"DEFAULT": 0, "NO AVX": 0, "AVX2": 1, "AVX512": 2}
-
-
-def target_here(device: Device) -> tuple[str, str | None]:
-    """What is compiled for: `sm90`, or the CPU's architecture with its instruction set."""
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm{major}{minor}", None
-    import platform
-
-    return f"cpu-{platform.machine()}", torch.backends.cpu.get_cpu_capability()
-
-
-def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[str, Any]:
-    """The profile's bounds; axes of one size are fixed."""
-    dims: dict[str, Any] = {}
-    for axis in FREE_AXES:
-        least, most = profile.min[axis], profile.max[axis]
-        if least == most:
-            continue
-        if axis in ("height", "width"):
-            if least % multiple or most % multiple:
-                raise UsageError(f"profile {profile}: {axis} from {least} to {most}, expected multiples of {multiple}")
-            dims[axis] = multiple * torch.export.Dim(f"{axis}_over", min=least // multiple, max=most // multiple)
-        else:
-            dims[axis] = torch.export.Dim(axis, min=least, max=most)
-    return {
-        tensor.name: {d: dims[axis] for d, axis in enumerate(tensor.axes) if axis in dims} for tensor in spec.inputs
-    }
-
-
-@contextmanager
-def _own_cache() -> Iterator[None]:
-    """Inductor's cache in a temporary folder, unless the user has chosen one: it grows by a hundred megabytes a build."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-    from torch._inductor.utils import fresh_cache
-
-    # torch itself puts its default there
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
-        yield
-        return
-    with fresh_cache():
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's warnings about its own internals from the user; its errors are raised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
