@@ -92,8 +92,8 @@ def _verdict(component: Component, loaded: LoadedComponent, dtype: Dtype) -> Ver
 
 
 def _tried(component: Component) -> list[Tensor]:
-    """For an encoder pictures: smooth, noisy, black and white. For a decoder what the encoder makes of them, and latents of
-    the size that the scaling factor stands for."""
+    """For an encoder pictures: smooth, noisy, black and white. For a decoder what the encoder makes of them, and noise, both
+    with the spread that the scaling factor stands for."""
     side = _WATCHED_LATENTS * scale_of(component)
     channels = component.source.config["in_channels"]
     generator = torch.Generator().manual_seed(0)
@@ -107,6 +107,7 @@ def _tried(component: Component) -> list[Tensor]:
     encoder = load_component(replace(component, name="vae_encoder", kind="vae_encoder")).module
     with torch.no_grad():
         mean = encoder(pictures)[0].chunk(2, dim=1)[0]
+    mean /= mean.std() * component.source.config["scaling_factor"]  # of a trained VAE it has that spread already
     spec = component_spec(component, "fp32")
     sizes = {"batch_size": 2, "latent_height": _WATCHED_LATENTS, "latent_width": _WATCHED_LATENTS}
     return [*component_feeds(component, spec, sizes).values(), mean]
@@ -128,7 +129,9 @@ def _export(
     folder.mkdir()
     save_graph(graph, folder, lambda written: None)
     check_model(folder / MODEL_NAME, spec, loaded.parameters)
-    _write_json(folder / "config.json", loaded.config)
+    # the model is of the precision that it is to run in, and no pipeline can cast an ONNX model
+    told = {} if component.kind == "text_encoder" else {"force_upcast": False}
+    _write_json(folder / "config.json", dict(loaded.config) | told)
 
 
 def _dynamic_axes(component: Component, spec: ModelSpec) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""Casts where torch promotes silently: ONNX's `Concat` wants inputs of one type, and the exporter leaves them as they are."""
+"""Casts where torch promotes silently: ONNX's `Concat` wants inputs of one type."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ def promote(model: ir.Model) -> ir.Model:
     """Cast the inputs of every `Concat` to the type of its result; in place. Stable Diffusion XL's UNet, in half precision,
     puts its text embedding and the float32 sines of its sizes together."""
     for node in list(model.graph):
-        kind = node.outputs[0].dtype if node.op_type == "Concat" else None
-        for index, value in enumerate(node.inputs) if kind is not None else ():
+        kind = node.outputs[0].dtype
+        if node.op_type != "Concat" or kind is None:
+            continue
+        for index, value in enumerate(node.inputs):
             if value is None or value.dtype is None or value.dtype == kind:
                 continue
             cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(kind))], name=f"{node.name}_cast_{index}")
