@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, final
 
 import torch
@@ -107,8 +108,8 @@ def load_component(component: Component) -> LoadedComponent:
     for kind, keys in (("missing", found["missing_keys"]), ("unknown", wrong), ("of a wrong shape", mismatched)):
         if keys:
             hint = ""
-            if component.kind == "text_encoder":
-                hint = ": a text encoder saved by transformers 5 has other names in 4, where it cannot be read"
+            if component.kind == "text_encoder" and kind == "missing" and version("transformers").startswith("4."):
+                hint = "; saved by transformers 5 it has names that 4 does not know: install transformers 5, or save it by 4"
             raise BaseError(f"{source.name}: {len(list(keys))} weights are {kind}, {sorted(keys)[0]} first{hint}")
     model = model.float().eval().requires_grad_(False)
     if component.kind == "text_encoder":
