@@ -98,6 +98,12 @@ def export_onnx(
     choice, spec, kept = plan.choice, plan.spec, plan.factored or plan.swappable
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.content_hash)
+        # before the UNet, for they are small: what is wrong with one is said within seconds
+        components = (
+            {}
+            if pipeline is None
+            else export_components(pipeline, folder, options.dtype, options.opset, options.fixed, progress=progress)
+        )
         model = load_unet(base, options.dtype, progress=progress)
         if kept is None:
             merge_into_(model, adapters, progress=progress)
@@ -120,12 +126,6 @@ def export_onnx(
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (unet / "config.json").write_text(text, encoding="utf-8")
-        del model  # the components need its memory
-        components = {}
-        if pipeline is not None:
-            components = export_components(
-                pipeline, folder, options.dtype, options.opset, options.fixed, progress=progress
-            )
         with progress.task("hash"):
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}

@@ -125,7 +125,8 @@ def test_a_hub_id_is_fetched_at_one_commit(
 ) -> None:
     hub, cache = copy_of(pipelines / "sd", tmp_path / "hub"), tmp_path / "cache"
     for part in ("unet", "vae"):
-        shutil.copy(hub / part / "diffusion_pytorch_model.safetensors", hub / part / "diffusion_pytorch_model.fp16.safetensors")
+        plain = hub / part / "diffusion_pytorch_model.safetensors"
+        shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
     (hub / "text_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
     asked: list[str | None] = []
 

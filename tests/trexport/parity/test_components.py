@@ -27,7 +27,17 @@ QUICK = ["--timesteps", "5", "--seeds", "1", "--trajectory-steps", "0", "--no-lo
 def artifact(pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion, whole, float16, static, an adapter merged in."""
     out = tmp_path_factory.mktemp("artifact") / "sd"
-    command = ["onnx", str(pipelines / "sd"), "random:tlora:2:6", "-o", str(out), "--dtype", "fp16", "--static", *STATIC]
+    command = [
+        "onnx",
+        str(pipelines / "sd"),
+        "random:tlora:2:6",
+        "-o",
+        str(out),
+        "--dtype",
+        "fp16",
+        "--static",
+        *STATIC,
+    ]
     assert run_cli(command) == 0
     return out
 
@@ -51,7 +61,9 @@ def test_every_output_is_compared_and_reported(artifact: Path, capsys: pytest.Ca
     assert "text_encoder: pooler_output" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "key"), [("vae_decoder", "decoder.conv_out.bias"), ("text_encoder", "final_layer_norm.bias")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("vae_decoder", "decoder.conv_out.bias"), ("text_encoder", "final_layer_norm.bias")]
+)
 @pytest.mark.parametrize("change", [0.3, math.nan])
 def test_a_wrong_weight_fails(
     name: str, key: str, change: float, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

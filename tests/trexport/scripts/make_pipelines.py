@@ -1,4 +1,4 @@
-"""Save two tiny pipelines made from configs, `sd` and `sdxl`, with random weights and norms that differ: `make_pipelines.py OUT`.
+"""Save two tiny pipelines made from configs, `sd` and `sdxl`, with random weights: `make_pipelines.py OUT`.
 
 A pipeline that both worlds read is saved by transformers 4: version 5 drops a prefix of the text encoder's keys, which 4
 then misses.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -41,30 +42,33 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def text_config(tok: CLIPTokenizer, layers: int, act: str) -> CLIPTextConfig:
-    end = tok.eos_token_id
+    start: Any = tok.bos_token_id
+    end: Any = tok.eos_token_id
     return CLIPTextConfig(
         vocab_size=len(tok), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=layers,
-        projection_dim=32, max_position_embeddings=77, bos_token_id=tok.bos_token_id, eos_token_id=end,
+        projection_dim=32, max_position_embeddings=77, bos_token_id=start, eos_token_id=end,
         pad_token_id=end, hidden_act=act,
     )  # fmt: skip
 
 
-def unet(**config: object) -> UNet2DConditionModel:
+def unet(**config: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **config,  # type: ignore[arg-type]
+        **config,
     )  # fmt: skip
 
 
 def vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(32, 64), latent_channels=4, norm_num_groups=8, sample_size=16, force_upcast=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    config: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [32, 64], "latent_channels": 4, "norm_num_groups": 8, "sample_size": 16,
+        "force_upcast": False,
+    }  # fmt: skip
+    return AutoencoderKL(**config)
 
 
-def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+def perturbed(model: torch.nn.Module) -> Any:
     """Norms that differ: equal ones hide mistakes."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -79,26 +83,31 @@ def main(out: Path) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
-    sd = StableDiffusionPipeline(
-        text_encoder=perturbed(CLIPTextModel(text_config(tok, 2, "quick_gelu"))),
-        unet=perturbed(unet(cross_attention_dim=32, attention_head_dim=8)),
-        vae=perturbed(vae()),
-        tokenizer=tok, scheduler=scheduler, safety_checker=None, feature_extractor=None, image_encoder=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    sd.save_pretrained(out / "sd")
+    sd: dict[str, Any] = {
+        "text_encoder": perturbed(CLIPTextModel(text_config(tok, 2, "quick_gelu"))),
+        "unet": perturbed(unet(cross_attention_dim=32, attention_head_dim=8)),
+        "vae": perturbed(vae()),
+        "tokenizer": tok,
+        "scheduler": scheduler,
+        "requires_safety_checker": False,
+    }
+    sd |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    StableDiffusionPipeline(**sd).save_pretrained(out / "sd")
     wide = unet(
         cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
     )  # fmt: skip
-    sdxl = StableDiffusionXLPipeline(
-        vae=perturbed(vae()),
-        text_encoder=perturbed(CLIPTextModel(text_config(tok, 3, "quick_gelu"))),
-        text_encoder_2=perturbed(CLIPTextModelWithProjection(text_config(tok, 3, "gelu"))),
-        tokenizer=tok, tokenizer_2=tok, unet=perturbed(wide), scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )  # fmt: skip
-    sdxl.save_pretrained(out / "sdxl")
+    sdxl: dict[str, Any] = {
+        "vae": perturbed(vae()),
+        "text_encoder": perturbed(CLIPTextModel(text_config(tok, 3, "quick_gelu"))),
+        "text_encoder_2": perturbed(CLIPTextModelWithProjection(text_config(tok, 3, "gelu"))),
+        "tokenizer": tok,
+        "tokenizer_2": tok,
+        "unet": perturbed(wide),
+        "scheduler": EulerDiscreteScheduler(),
+        "add_watermarker": False,
+    }
+    StableDiffusionXLPipeline(**sdxl).save_pretrained(out / "sdxl")
 
 
 if __name__ == "__main__":
