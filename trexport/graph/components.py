@@ -26,7 +26,7 @@ from trexport.progress import SILENT, Progress
 _TRACED = {
     "batch_size": 2, "sequence_length": 16, "latent_height": 8, "latent_width": 6, "sample_height": 8, "sample_width": 6,
 }  # fmt: skip
-_WATCHED_LATENTS = 16
+_WATCHED_LATENTS = 8
 """Latents a side of the pictures with which a VAE is tried in float16: activations' size hardly depends on it."""
 
 
