@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+OPTIMUM := .envs/optimum
 # torch first and by its exact version: any other spelling lets pip pull several gigabytes of CUDA packages onto a CPU machine
 TORCH  ?= torch==2.13.0
 OUT    ?= demo-output
@@ -27,7 +28,14 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 demo: $(VENV)/.run
 	$(BIN)/trexport demo -o $(OUT) --overwrite
 
-test: $(VENV)/.dev
+# optimum wants an older transformers and diffusers than the newest: a world of its own, for the tests of what it loads
+$(OPTIMUM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install -q "$(TORCH)"
+	$(OPTIMUM)/bin/python -m pip install -q -e ".[optimum]" "$(TORCH)"
+	touch $@
+
+test: $(VENV)/.dev $(OPTIMUM)/.ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
@@ -44,4 +52,4 @@ bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist
+	rm -rf $(VENV) .envs $(OUT) build dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def build_engine(
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         _write_json(unet / "config.json", config, sort_keys=True)
         _write_json(folder / BUILD_NAME, report.to_dict())
+        _copy_pipeline(artifact, folder)
         if manifest.swappable is not None:
             safetensors.torch.save_file(pristine_weights(artifact), unet / ADAPTED_NAME)
         layers: dict[str, tuple[int, int]] = {}
@@ -118,6 +120,8 @@ def build_engine(
             factored=manifest.factored,
             swappable=manifest.swappable,
             engine=fields,
+            components=manifest.components,
+            left_out=manifest.left_out,
             versions=package_versions() | dict(record.runtime),
         )
         built.write(folder)
@@ -182,6 +186,15 @@ def source_for(
         constants = pristine_weights(artifact)
     graph = engine_graph(artifact.onnx_path, constants)
     return OnnxFile(artifact.onnx_path, manifest.io, constants, graph)
+
+
+def _copy_pipeline(artifact: Artifact, folder: Path) -> None:
+    """What else a whole pipeline needs: its other models, tokenizers, scheduler."""
+    for name in artifact.manifest.files:
+        if artifact.manifest.kind == "onnx" and Path(name).parts[0] != UNET_FOLDER:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.folder / name, target)
 
 
 def _write_json(path: Path, fields: Any, *, sort_keys: bool = False) -> None:

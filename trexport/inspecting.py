@@ -155,6 +155,10 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
     del facts["kind"], facts["io"], facts["factored"], facts["swappable"]
+    facts["components"] = {n: {k: v for k, v in c.items() if k != "io"} for n, c in facts["components"].items()}
+    for part, record in artifact.manifest.components.items():
+        tensors = [*record.io.inputs, *record.io.outputs]
+        rows += [(f"{part}: {tensor.name}", tensor.dtype, str(list(tensor.axes))) for tensor in tensors]
     if artifact.manifest.swappable is not None:
         swappable = swappable_of(artifact)
         sizes = {name: tensor.nbytes for name, tensor in swappable.slot.neutral().items()}
