@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+OPTIMUM := .envs/optimum
 # torch first and by its exact version: any other spelling lets pip pull several gigabytes of CUDA packages onto a CPU machine
 TORCH  ?= torch==2.13.0
 OUT    ?= demo-output
@@ -27,16 +28,23 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(BIN)/python -m pip install -q -e ".[dev]" "$(TORCH)"
 	touch $@ $(VENV)/.run
 
-$(TRITON)/.ready: $(VENV)/.python pyproject.toml
+demo: $(VENV)/.run
+	$(BIN)/trexport demo -o $(OUT) --overwrite
+
+# optimum wants an older transformers and diffusers than the newest: a world of its own, for the tests of what it loads
+$(OPTIMUM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install -q "$(TORCH)"
+	$(OPTIMUM)/bin/python -m pip install -q -e ".[optimum]" "$(TORCH)"
+	touch $@
+
+$(TRITON)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(TRITON)
 	$(TRITON)/bin/python -m pip install -q "$(TORCH)"
 	$(TRITON)/bin/python -m pip install -q -e ".[onnxruntime,triton]" "$(TORCH)"
 	touch $@
 
-demo: $(VENV)/.run
-	$(BIN)/trexport demo -o $(OUT) --overwrite
-
-test: $(VENV)/.dev $(if $(HAS_TRITON),$(TRITON)/.ready)
+test: $(VENV)/.dev $(OPTIMUM)/.ready $(if $(HAS_TRITON),$(TRITON)/.ready)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
@@ -49,8 +57,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.run
+bench: $(VENV)/.dev $(if $(HAS_TRITON),$(TRITON)/.ready)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(OUT) build dist
+	rm -rf $(VENV) .envs $(OUT) build dist

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks import engine_rtx, forms_gpu, forms_sd15, merge_sd15, onnx_sd15, step_gpu, triton_serving
+from benchmarks import (
+    engine_gpu,
+    engine_rtx,
+    forms_gpu,
+    forms_sd15,
+    merge_sd15,
+    onnx_sd15,
+    step_gpu,
+    triton_serving,
+)
 
 # name → (what it measures, needs CUDA, function)
 BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
@@ -24,6 +33,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         engine_rtx.main,
     ),
     "triton": ("a step of the sample through Triton against the session itself", False, triton_serving.main),
+    "engine-gpu": (
+        "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
+        True,
+        engine_gpu.main,
+    ),
     "forms-gpu": (
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
         True,

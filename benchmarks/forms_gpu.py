@@ -15,7 +15,7 @@ from benchmarks.forms_sd15 import ADAPTER
 from benchmarks.merge_sd15 import write_base
 from benchmarks.record import keep
 from trexport.artifact import open_artifact
-from trexport.backends import OnnxFile
+from trexport.backends import Device, OnnxFile
 from trexport.bench.forms import cost_of, file_for, report_forms
 from trexport.bench.run import BenchOptions, bench
 from trexport.graph.export import ExportOptions, export_onnx
@@ -83,9 +83,9 @@ def run(base: Base, folder: Path) -> dict[str, Any]:
     return fields | {"bench": report.to_dict(), "forms": asdict(report_forms(costs))}
 
 
-def switch(folder: Path) -> dict[str, bool]:
+def switch(folder: Path, device: Device = "cuda") -> dict[str, bool]:
     """Whether a session keeps its word on this device: A → B → A has A's bits, off the base's, after twenty swaps too."""
-    with Session(folder, "cuda", verify=False) as session:
+    with Session(folder, device, verify=False) as session:
         session.load_adapter("a", ADAPTER)
         session.load_adapter("b", OTHER)
         feeds = random_feeds(session.spec, {}, seed=1)

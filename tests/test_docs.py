@@ -13,7 +13,7 @@ from trexport.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted(path for path in ROOT.glob("**/*.md") if ".venv" not in path.parts)
+PAGES = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", ".envs"} & set(path.parts))
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

@@ -173,6 +173,15 @@ def only_models_know_diffusers(imports: list[Import]) -> list[Import]:
     return [item for item in imports if under(item.target, "diffusers") and not under(item.importer, "trexport.models")]
 
 
+def one_file_knows_transformers(imports: list[Import]) -> list[Import]:
+    """It is needed for text encoders only, and imported when one is loaded."""
+    return [
+        item
+        for item in imports
+        if under(item.target, "transformers") and (item.at_import or item.importer != "trexport.models.component")
+    ]
+
+
 def backends_are_apart(imports: list[Import]) -> list[Import]:
     """A backend imports the contract (base.py), the registry (__init__.py) and what both TensorRTs share (trt), never
     another backend."""
@@ -237,6 +246,7 @@ TRLORA_RULES: list[Rule] = [
 ]
 TREXPORT_RULES: list[Rule] = [
     only_models_know_diffusers,
+    one_file_knows_transformers,
     backends_are_apart,
     runtimes_are_imported_late,
     trexport_builds_upward,
@@ -310,6 +320,14 @@ BREAKS: dict[str, tuple[Rule, dict[str, str], list[str]]] = {
             "trexport/models2.py": "import diffusers.models",
         },
         ["diffusers", "diffusers.models"],
+    ),
+    "transformers": (
+        one_file_knows_transformers,
+        {
+            "trexport/models/component.py": "def f():\n    import transformers\nfrom transformers.utils import a",
+            "trexport/models/pipeline.py": "def f():\n    from transformers import CLIPTextModel",
+        },
+        ["transformers", "transformers.utils"],
     ),
     "backends": (
         backends_are_apart,

@@ -13,6 +13,7 @@ from trexport.hashing import sha256_of_file
 from trexport.manifest import MODEL_NAME, Manifest
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
+from trexport.models.pipeline import Pipeline, open_pipeline
 from trexport.progress import SILENT, Progress
 
 ADAPTED_NAME = "adapted.safetensors"
@@ -34,7 +35,8 @@ class Artifact:
         Raises:
             ArtifactError: this artifact is no ONNX model.
         """
-        models = [name for name in self.manifest.files if Path(name).name == MODEL_NAME]
+        beside = self.manifest.components  # of a pipeline, the UNet is meant
+        models = [n for n in self.manifest.files if Path(n).name == MODEL_NAME and Path(n).parent.name not in beside]
         if len(models) != 1:
             raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
         return self.folder / models[0]
@@ -106,6 +108,27 @@ class Artifact:
                     f"{adapter.name}: not the adapter that {self.folder} was made from (its hash differs)"
                 )
         return opened, bound
+
+    def pipeline(self, base: Base) -> Pipeline:
+        """The pipeline that the artifact's components were made from, proved to be the same by their hashes.
+
+        Args:
+            base: as `sources` gives it.
+
+        Raises:
+            ArtifactError: components have changed since, or are not found.
+        """
+        pipeline = open_pipeline(base)
+        for name, record in self.manifest.components.items():
+            component = pipeline.components.get(name) if pipeline is not None else None
+            if component is None:
+                raise ArtifactError(f"{base.name}: no {name}, which {self.folder} holds; say where it is with --base")
+            if component.source.content_hash() != record.content_hash:
+                raise ArtifactError(
+                    f"{component.source.name}: not what {self.folder / name} was made from (its hash differs)"
+                )
+        assert pipeline is not None
+        return pipeline
 
     def _check_base(self, base: Base, progress: Progress) -> None:
         if base.content_hash(progress) != self.manifest.base.content_hash:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trexport.errors import ArtifactError, UsageError
 from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, default_sizes
+from trexport.io_spec import BYTES_OF, default_sizes, downscale_of
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
@@ -76,6 +77,7 @@ def build_engine(
     if manifest.kind == "engine":
         raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
     options = backend.check(options, manifest.form)
+    _check_multiples(options, base)
     check_free(out, overwrite=overwrite)
     source = source_for(artifact, base, adapters, backend)
     check_disk(out, sum(int(torch.Size(shape).numel()) for shape in base.shapes().values()) * BYTES_OF[manifest.dtype])
@@ -89,6 +91,7 @@ def build_engine(
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         _write_json(unet / "config.json", config, sort_keys=True)
         _write_json(folder / BUILD_NAME, report.to_dict())
+        _copy_pipeline(artifact, folder)
         if manifest.swappable is not None:
             safetensors.torch.save_file(pristine_weights(artifact), unet / ADAPTED_NAME)
         layers: dict[str, tuple[int, int]] = {}
@@ -117,10 +120,20 @@ def build_engine(
             factored=manifest.factored,
             swappable=manifest.swappable,
             engine=fields,
+            components=manifest.components,
+            left_out=manifest.left_out,
             versions=package_versions() | dict(record.runtime),
         )
         built.write(folder)
     return built, report
+
+
+def _check_multiples(options: EngineOptions, base: Base) -> None:
+    multiple = downscale_of(base.config)
+    for profile in options.profiles:
+        for axis in ("height", "width"):
+            if any(sizes[axis] % multiple for sizes in (profile.min, profile.opt, profile.max)):
+                raise UsageError(f"profile {profile}: {axis} must be a multiple of {multiple} for this UNet")
 
 
 def default_profile(artifact: Artifact, base: Base) -> Profile:
@@ -155,7 +168,9 @@ def source_for(
     if backend.builds_from is TorchModel:
         if manifest.kind == "unet":
             return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
-        return TorchModel(base, () if manifest.swappable is not None else adapters, manifest.dtype)
+        timestep = next(tensor for tensor in manifest.io.inputs if tensor.name == "timestep")
+        merged = () if manifest.swappable is not None else adapters
+        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep.axes))
     if manifest.kind != "onnx":
         raise UsageError(
             f"{artifact.folder}: a UNet for torch; {backend.name} builds from an artifact of trexport onnx"
@@ -171,6 +186,15 @@ def source_for(
         constants = pristine_weights(artifact)
     graph = engine_graph(artifact.onnx_path, constants)
     return OnnxFile(artifact.onnx_path, manifest.io, constants, graph)
+
+
+def _copy_pipeline(artifact: Artifact, folder: Path) -> None:
+    """What else a whole pipeline needs: its other models, tokenizers, scheduler."""
+    for name in artifact.manifest.files:
+        if artifact.manifest.kind == "onnx" and Path(name).parts[0] != UNET_FOLDER:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.folder / name, target)
 
 
 def _write_json(path: Path, fields: Any, *, sort_keys: bool = False) -> None:

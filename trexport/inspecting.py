@@ -11,7 +11,8 @@ from typing import Any, final
 import safetensors
 
 from trexport.adapter_file import factored_of, swappable_of
-from trexport.artifact import open_artifact
+from trexport.artifact import Artifact, open_artifact
+from trexport.backends import engine_backend_of
 from trexport.errors import TrexportError
 from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
@@ -148,10 +149,16 @@ def _item(dtype: str) -> int:
 def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     artifact = open_artifact(path, progress=progress)
     facts = artifact.manifest.to_dict()
+    if artifact.manifest.kind == "engine":
+        return _engine(name, artifact)
     kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
     del facts["kind"], facts["io"], facts["factored"], facts["swappable"]
+    facts["components"] = {n: {k: v for k, v in c.items() if k != "io"} for n, c in facts["components"].items()}
+    for part, record in artifact.manifest.components.items():
+        tensors = [*record.io.inputs, *record.io.outputs]
+        rows += [(f"{part}: {tensor.name}", tensor.dtype, str(list(tensor.axes))) for tensor in tensors]
     if artifact.manifest.swappable is not None:
         swappable = swappable_of(artifact)
         sizes = {name: tensor.nbytes for name, tensor in swappable.slot.neutral().items()}
@@ -180,6 +187,37 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
         ]
         return Inspection(name, "factored ONNX artifact of trexport", facts | {"verified": True}, columns, rows)
     return Inspection(name, kind, facts | {"verified": True}, ("input or output", "dtype", "axes"), rows)
+
+
+def _engine(name: str, artifact: Artifact) -> Inspection:
+    """From its record alone: an engine may be for a machine that this is not."""
+    manifest, record = artifact.manifest, artifact.engine_record
+    ok, why = engine_backend_of(record.backend).loads_here(record)
+    facts = {
+        "backend": record.backend,
+        "loads_here": ok,
+        "why": why,
+        "form": manifest.form,
+        "dtype": manifest.dtype,
+        "targets": list(record.targets),
+        "profiles (batch x height x width x tokens)": [str(profile) for profile in record.profiles],
+        "runtime": dict(record.runtime),
+        "settings": dict(record.settings),
+        "size_bytes": (artifact.folder / record.file).stat().st_size,
+        "adapted_layers": len(record.layers),
+        "base": vars(manifest.base),
+        "adapters": [vars(adapter) for adapter in manifest.adapters],
+        "files": dict(manifest.files),
+        "versions": dict(manifest.versions),
+        "verified": True,
+    }
+    rows = [
+        (tensor.name, tensor.dtype, " ".join("x".join(map(str, shape)) for shape in profile.shapes(tensor)))
+        for profile in record.profiles
+        for tensor in manifest.io.inputs
+    ]
+    columns = ("input", "dtype", "least, usual and greatest shape")
+    return Inspection(name, f"{manifest.form} engine of trexport", facts, columns, rows)
 
 
 def _onnx(name: str, path: Path) -> Inspection:

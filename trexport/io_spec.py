@@ -14,7 +14,8 @@ TensorDtype = Dtype | Literal["int64"]
 """What inputs and outputs hold; weights are of a `Dtype`."""
 
 Axis = int | str
-"""A fixed size, or the name of an axis that is free."""
+"""A fixed size, or the name of an axis that is free; of an output also what follows from one,
+`NAME * 8` or `NAME / 8`."""
 
 FREE_AXES = ("batch_size", "height", "width", "sequence_length")
 
@@ -33,7 +34,7 @@ class TensorSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with the free axes set. Raises `KeyError` for one that `sizes` lacks."""
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+        return tuple(axis if isinstance(axis, int) else _size(axis, sizes) for axis in self.axes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "axes": list(self.axes)}
@@ -41,6 +42,13 @@ class TensorSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         return cls(fields["name"], fields["dtype"], tuple(fields["axes"]))
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    name, sign, factor = axis.partition(" * ") if " * " in axis else axis.partition(" / ")
+    if not sign:
+        return sizes[name]
+    return sizes[name] * int(factor) if sign == " * " else sizes[name] // int(factor)
 
 
 @final

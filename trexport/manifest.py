@@ -17,7 +17,7 @@ from trexport.io_spec import Dtype, ModelSpec
 MANIFEST_NAME = "trexport.json"
 MANIFEST_VERSION = 1
 MODEL_NAME = "model.onnx"
-_PACKAGES = ("trexport", "torch", "diffusers", "onnx", "onnxscript", "safetensors")
+_PACKAGES = ("trexport", "torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors")
 
 
 @final
@@ -46,6 +46,33 @@ class AdapterRecord:
 
 @final
 @dataclass(frozen=True)
+class ComponentRecord:
+    """One model of a pipeline beside its UNet, in an artifact's folder of its name."""
+
+    class_name: str
+    """Of the model that it comes from."""
+    dtype: Dtype
+    dtype_reason: str | None
+    """Why that is not the artifact's."""
+    overflow: Mapping[str, Any] | None
+    """The first tensor that float16 cannot hold, where that is the reason: `tensor`, `operator`, `max_abs`."""
+    opset: int
+    io: ModelSpec
+    content_hash: str
+    """Of the weights it was made from, as `BaseRecord.content_hash`; encoder and decoder of a VAE share them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(self).items() if name not in ("class_name", "io")}
+        return {"class": self.class_name} | fields | {"io": self.io.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        rest = {name: value for name, value in fields.items() if name not in ("class", "io")}
+        return cls(class_name=fields["class"], io=ModelSpec.from_dict(fields["io"]), **rest)
+
+
+@final
+@dataclass(frozen=True)
 class Manifest:
     """See the module."""
 
@@ -68,6 +95,10 @@ class Manifest:
     """Of a swappable artifact, the slot of its `merge.onnx`: see `trexport.graph.swappable.Swappable`."""
     engine: Mapping[str, Any] | None = None
     """Of a compiled engine, how it was built: see `trexport.backends.EngineRecord`."""
+    components: Mapping[str, ComponentRecord] = field(default_factory=dict)
+    """Of a whole pipeline, its other models by the names of their folders."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Of a whole pipeline, name → class of what was not exported."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +118,8 @@ class Manifest:
             "factored": self.factored,
             "swappable": self.swappable,
             "engine": self.engine,
+            "components": {name: record.to_dict() for name, record in self.components.items()},
+            "left_out": dict(self.left_out),
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
         }
@@ -108,6 +141,8 @@ class Manifest:
             factored=fields.get("factored"),  # manifests from before these forms lack them
             swappable=fields.get("swappable"),
             engine=fields.get("engine"),
+            components={n: ComponentRecord.from_dict(entry) for n, entry in fields.get("components", {}).items()},
+            left_out=fields.get("left_out", {}),
             versions=fields["versions"],
         )
 

@@ -25,6 +25,17 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny pipelines `sd` and `sdxl`."""
+    from tests.trexport.scripts.make_pipelines import main
+
+    folder = tmp_path_factory.mktemp("pipelines")
+    with torch.random.fork_rng(devices=[]):
+        main(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def base(unet_folder: Path) -> Base:
     return open_base(str(unet_folder))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from trexport.io_spec import ModelSpec, default_sizes, downscale_of, unet_spec
+from trexport.io_spec import ModelSpec, TensorSpec, default_sizes, downscale_of, unet_spec
 from trexport.models.architectures import ARCHITECTURES
 
 
@@ -30,3 +30,10 @@ def test_sizes_of_stable_diffusion() -> None:
     config = ARCHITECTURES["sd15"]
     assert default_sizes(config) == {"batch_size": 2, "height": 64, "width": 64, "sequence_length": 77}
     assert downscale_of(config) == 8
+
+
+def test_axes_that_follow_from_others() -> None:
+    tensor = TensorSpec("sample", "fp32", ("batch_size", 3, "latent_height * 8", "sample_width / 4"))
+    assert tensor.shape({"batch_size": 2, "latent_height": 5, "sample_width": 48}) == (2, 3, 40, 12)
+    with pytest.raises(KeyError, match="latent_height"):
+        tensor.shape({"batch_size": 2, "sample_width": 48})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trexport.backends.aotinductor import AotInductor
 from trexport.backends.base import AbstractBackend as AbstractBackend
 from trexport.backends.base import Availability as Availability
 from trexport.backends.base import Device as Device
@@ -22,7 +23,8 @@ from trexport.errors import MissingError, UsageError
 from trlora.errors import nearest
 
 BACKENDS: dict[str, AbstractBackend] = {
-    backend.name: backend for backend in (TorchEager(), TorchCompile(), OnnxRuntime(), TensorRt(), TensorRtRtx())
+    backend.name: backend
+    for backend in (TorchEager(), TorchCompile(), OnnxRuntime(), AotInductor(), TensorRt(), TensorRtRtx())
 }
 
 

@@ -30,6 +30,8 @@ class TorchModel:
     dtype: Dtype
     factored: bool = False
     """Keep the adapters factored instead of merging them."""
+    timestep_per_sample: bool = False
+    """`timestep` is (batch,)."""
 
 
 @final

@@ -20,7 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("trexport.cli.demo", "The whole line on the shipped sample: merge, export, prove, measure, draw."),
     "inspect": ("trexport.cli.inspect", "Say what a file or folder is."),
     "merge": ("trexport.cli.merge", "Fold adapters into a dense UNet."),
-    "onnx": ("trexport.cli.onnx", "Export a UNet to ONNX, with adapters merged in, kept factored, or swappable."),
+    "onnx": (
+        "trexport.cli.onnx",
+        "Export a UNet or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
+    ),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),

@@ -64,6 +64,7 @@ def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option(
     "--timestep-per-sample", is_flag=True, help="A timestep for each sample, so that servers can batch steps."
 )
+@click.option("--unet-only", is_flag=True, help="Of a pipeline, leave text encoders and VAE out.")
 @click.option("--static", is_flag=True, help="Fix every axis, at the UNet's own sizes where no size is given.")
 @size_options
 @base_options
@@ -84,6 +85,7 @@ def command(
     plan_for: str,
     optimum: dict[str, int] | None,
     timestep_per_sample: bool,
+    unet_only: bool,
     static: bool,
     batch_size: int | None,
     height: int | None,
@@ -94,7 +96,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Export a UNet to ONNX, with adapters merged into its weights, kept factored, or swappable.
+    """Export a UNet or a whole pipeline to ONNX, with adapters merged into the weights, kept factored, or swappable.
+
+    Of a pipeline, text encoders and the VAE's encoder and decoder are exported too, and tokenizers and the scheduler
+    copied, so that optimum's ORTDiffusionPipeline loads OUT. In fp16 a VAE that overflows stays in fp32.
 
     Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
     PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
@@ -107,13 +112,14 @@ def command(
     a step costs what the merged model's does. trexport.session.Session serves all of these.
     """
     from trexport.cli.console import gigabytes, print_json, progress_for
-    from trexport.cli.show import show_plan
+    from trexport.cli.show import show_pipeline, show_plan
     from trexport.errors import UsageError
     from trexport.graph.export import ExportOptions, export_onnx, free_or_fixed, plan_export
     from trexport.graph.factored import FactoredOptions
     from trexport.graph.swappable import SwappableOptions
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.models.pipeline import open_pipeline
 
     given = {"--bank": bank, "--path": path, "--optimum": optimum}
     if not factored and any(given.values()):
@@ -124,6 +130,7 @@ def command(
         raise UsageError("--blank goes with --factored or --swappable")
     opened = open_base(base, revision=revision, variant=variant)
     bound = open_adapters(adapters, opened)
+    pipeline = None if unet_only else open_pipeline(opened)
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     fixed = free_or_fixed(sizes, static=static, config=opened.config)
     options = ExportOptions(
@@ -135,16 +142,20 @@ def command(
         timestep_per_sample=timestep_per_sample,
         optimum=optimum,
     )
-    plan = plan_export(opened, bound, out, options, overwrite=overwrite)
+    plan = plan_export(opened, bound, out, options, pipeline=pipeline, overwrite=overwrite)
     if dry_run:
         if as_json:
-            print_json({"out": str(out), "dry_run": True, "size_bytes": plan.size_bytes, "opset": plan.choice.opset})
+            would = {"out": str(out), "dry_run": True, "size_bytes": plan.size_bytes, "opset": plan.choice.opset}
+            print_json(would | {"components": list(plan.components), "left_out": dict(plan.left_out)})
         else:
             click.echo(
                 f"would write {gigabytes(plan.size_bytes)} to {out}, opset {plan.choice.opset}: {plan.choice.reason}"
             )
+            show_pipeline(list(plan.components), plan.left_out)
         return
-    manifest = export_onnx(opened, bound, out, options, overwrite=overwrite, progress=progress_for(as_json))
+    manifest = export_onnx(
+        opened, bound, out, options, pipeline=pipeline, overwrite=overwrite, progress=progress_for(as_json)
+    )
     if as_json:
         print_json({"out": str(out)} | manifest.to_dict())
         return
@@ -153,4 +164,5 @@ def command(
         show_plan(plan.factored)
     for tensor in [*manifest.io.inputs, *manifest.io.outputs]:
         click.echo(f"  {tensor.name:24} {tensor.dtype}  {list(tensor.axes)}")
+    show_pipeline(manifest.components, manifest.left_out)
     click.echo(f"written: {out}")

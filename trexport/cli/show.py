@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -13,6 +13,7 @@ from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
 from trexport.deploy.check import ServerReport
 from trexport.graph.factored import Factored
+from trexport.manifest import ComponentRecord
 from trexport.parity.report import ParityReport
 
 
@@ -40,6 +41,22 @@ def show_parity(report: ParityReport) -> None:
             f"(limit {tolerance.trajectory_relative_l2:g}), PSNR {t.psnr_db:.1f} dB (at least {tolerance.psnr_db:g}), "
             f"the adapters move the image by {t.effect:.2e}"
         )
+    if report.components:
+        print_table(
+            "the pipeline's other models, against float32 PyTorch",
+            ["", "dtype", "cases", "max abs", "relative L2", "limit"],
+            [
+                (
+                    f"{c.component}: {c.output}",
+                    c.dtype,
+                    c.cases,
+                    f"{c.max_abs:.2e}",
+                    f"{c.relative_l2:.2e}",
+                    f"{c.limit:g}",
+                )
+                for c in report.components
+            ],
+        )
     if report.first_deviation is not None:
         d = report.first_deviation
         click.echo(
@@ -62,6 +79,16 @@ def show_plan(factored: Factored) -> None:
     paths = [f"{path}, ms" for path in next(iter(factored.plan.values())).cost_ms]
     sizes = ", ".join(f"{axis} {size}" for axis, size in factored.optimum.items())
     print_table(f"path plan for {factored.plan_for} at {sizes}", ["layers", "path", "tokens", *paths], rows)
+
+
+def show_pipeline(components: Mapping[str, ComponentRecord] | Sequence[str], left_out: Mapping[str, str]) -> None:
+    """The other models of a pipeline, and what is not exported; nothing for a UNet alone."""
+    for name in components:
+        record = components[name] if isinstance(components, Mapping) else None
+        why = f": {record.dtype_reason}" if record is not None and record.dtype_reason else ""
+        click.echo(f"  {name:24} {f'{record.class_name} {record.dtype}{why}' if record is not None else ''}".rstrip())
+    for name, kind in left_out.items():
+        click.echo(f"  {name:24} {kind}, left out")
 
 
 def show_bench(report: BenchReport) -> None:

@@ -1,15 +1,12 @@
-"""`trexport onnx`: the UNet as an ONNX model."""
+"""`trexport onnx`: the UNet as an ONNX model, and with it the rest of its pipeline."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -17,13 +14,13 @@ import onnx_ir as ir
 import torch
 
 from trexport.disk import check_disk
-from trexport.errors import ExportError, UsageError
+from trexport.errors import UsageError
 from trexport.graph.check import check_model
+from trexport.graph.components import components_size, export_components
+from trexport.graph.exporter import run_exporter, save_graph, tidy
 from trexport.graph.factored import Factored, FactoredOptions, default_tensors, plan_factored
 from trexport.graph.opset import OpsetChoice, choose_opset
 from trexport.graph.passes.factor import factor
-from trexport.graph.passes.fold import fold
-from trexport.graph.passes.metadata import metadata
 from trexport.graph.passes.swap import swap
 from trexport.graph.swappable import Swappable, SwappableOptions, plan_swappable, save_merge_model
 from trexport.hashing import sha256_of_file
@@ -31,11 +28,11 @@ from trexport.io_spec import BYTES_OF, FREE_AXES, Dtype, ModelSpec, banked_spec,
 from trexport.manifest import MODEL_NAME, BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.models.pipeline import Component, Pipeline
 from trexport.models.unet import call_arguments, load_unet, merge_into_, random_feeds
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
 
-DATA_NAME = "model.onnx_data"
 UNET_FOLDER = "unet"
 
 
@@ -72,6 +69,9 @@ class ExportPlan:
     """Of the weights."""
     factored: Factored | None = None
     swappable: Swappable | None = None
+    components: Mapping[str, Component] = field(default_factory=dict)
+    """Of the pipeline, to be exported too; `size_bytes` counts them."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -80,11 +80,15 @@ def export_onnx(
     out: Path,
     options: ExportOptions | None = None,
     *,
+    pipeline: Pipeline | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Manifest:
     """Write `OUT/unet/model.onnx`, `model.onnx_data` and `config.json`, and `OUT/trexport.json`, with the adapters merged
     in, kept factored, or swappable (then with `merge.onnx` beside the model); names and layout are optimum's.
+
+    Args:
+        pipeline: the base's, to export all of it: see `trexport.graph.components`. None for the UNet alone.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is not set.
@@ -92,10 +96,16 @@ def export_onnx(
         ExportError: the exporter failed, or its result is not a whole model.
     """
     options = options or ExportOptions()
-    plan = plan_export(base, adapters, out, options, overwrite=overwrite)
+    plan = plan_export(base, adapters, out, options, pipeline=pipeline, overwrite=overwrite)
     choice, spec, kept = plan.choice, plan.spec, plan.factored or plan.swappable
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.content_hash)
+        # before the UNet, for they are small: what is wrong with one is said within seconds
+        components = (
+            {}
+            if pipeline is None
+            else export_components(pipeline, folder, options.dtype, options.opset, options.fixed, progress=progress)
+        )
         model = load_unet(base, options.dtype, progress=progress)
         if kept is None:
             merge_into_(model, adapters, progress=progress)
@@ -110,7 +120,7 @@ def export_onnx(
         unet = folder / UNET_FOLDER
         unet.mkdir()
         with progress.task("save", base.size_bytes) as task:
-            _save(graph, unet, lambda written: task.advance(written))
+            save_graph(graph, unet, lambda written: task.advance(written))
             if plan.swappable is not None:
                 save_merge_model(unet / MODEL_NAME, plan.swappable.slot, options.dtype, choice.opset)
         names = [name for name, _ in model.named_parameters()]
@@ -119,7 +129,8 @@ def export_onnx(
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (unet / "config.json").write_text(text, encoding="utf-8")
         with progress.task("hash"):
-            files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(unet.iterdir())}
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
         manifest = Manifest(
             kind="onnx",
             form="factored" if plan.factored else "swappable" if plan.swappable else "merged" if adapters else "base",
@@ -130,6 +141,8 @@ def export_onnx(
             files=files,
             factored=plan.factored.to_dict() if plan.factored else None,
             swappable=plan.swappable.to_dict() if plan.swappable else None,
+            components=components,
+            left_out=plan.left_out,
             opset=choice.opset,
             opset_reason=choice.reason,
             versions=package_versions(),
@@ -139,23 +152,35 @@ def export_onnx(
 
 
 def plan_export(
-    base: Base, adapters: Sequence[BoundAdapter], out: Path, options: ExportOptions, *, overwrite: bool = False
+    base: Base,
+    adapters: Sequence[BoundAdapter],
+    out: Path,
+    options: ExportOptions,
+    *,
+    pipeline: Pipeline | None = None,
+    overwrite: bool = False,
 ) -> ExportPlan:
     """What `export_onnx` would do, nothing written. Raises what it would raise before it writes."""
     choice = choose_opset(options.dtype, options.opset)
     sizes = check_sizes(base.config, options.fixed or {})
     check_free(out, overwrite=overwrite)
     size_bytes = sum(math.prod(shape) for shape in base.shapes().values()) * BYTES_OF[options.dtype]
+    beside: dict[str, Any] = {}
+    if pipeline is not None:
+        size_bytes += components_size(pipeline, options.dtype)
+        beside = {"components": pipeline.components, "left_out": pipeline.left_out}
     check_disk(out, size_bytes)
     spec = unet_spec(base.config, options.dtype, options.fixed, timestep_per_sample=options.timestep_per_sample)
     if options.swappable is not None:
         if options.factored is not None:
             raise UsageError("factored and swappable are two forms; choose one")
-        return ExportPlan(choice, spec, sizes, size_bytes, swappable=plan_swappable(adapters, options.swappable))
+        return ExportPlan(choice, spec, sizes, size_bytes, None, plan_swappable(adapters, options.swappable), **beside)
     if options.factored is None:
-        return ExportPlan(choice, spec, sizes, size_bytes)
+        return ExportPlan(choice, spec, sizes, size_bytes, **beside)
     optimum = sizes | check_sizes(base.config, {**(options.optimum or {}), **(options.fixed or {})})
-    return ExportPlan(choice, spec, sizes, size_bytes, plan_factored(base, adapters, optimum, options.factored))
+    return ExportPlan(
+        choice, spec, sizes, size_bytes, plan_factored(base, adapters, optimum, options.factored), **beside
+    )
 
 
 def check_sizes(config: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
@@ -179,38 +204,13 @@ def trace(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], ops
         ExportError: the exporter failed; its reason is the message.
     """
     args, kwargs = call_arguments(random_feeds(spec, sizes))
-    names = [tensor.name for tensor in spec.inputs]
-    with torch.no_grad(), _quiet():
-        try:
-            program = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                input_names=names,
-                output_names=[tensor.name for tensor in spec.outputs],
-                dynamic_shapes=_dynamic_shapes(spec, kwargs, multiple=downscale_of(model.config)),  # type: ignore[arg-type]
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise ExportError(f"torch's ONNX exporter failed: {reason}") from error
-    assert program is not None
-    return program
+    shapes = _dynamic_shapes(spec, kwargs, multiple=downscale_of(model.config))  # type: ignore[arg-type]
+    return run_exporter(model, args, kwargs, spec, shapes, opset)
 
 
 def _export(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], choice: OpsetChoice) -> ir.Model:
-    graph = trace(model, spec, sizes, choice.opset).model
-    fold(graph, {name for name, _ in model.named_parameters()})
-    metadata(graph)
-    for value, tensor in zip([*graph.graph.inputs, *graph.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
-        value.shape = ir.Shape(tensor.axes)  # axes by name, where the exporter writes expressions such as 8*h
-    graph.graph.name = "unet"
-    graph.producer_name = "trexport"
-    graph.producer_version = None
-    return graph
+    program = trace(model, spec, sizes, choice.opset)
+    return tidy(program, spec, {name for name, _ in model.named_parameters()}, UNET_FOLDER)
 
 
 def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -> dict[str, Any] | None:
@@ -234,29 +234,6 @@ def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -
     if "added_cond_kwargs" in kwargs:
         result["added_cond_kwargs"] = {name: shapes[name] for name in kwargs["added_cond_kwargs"]}
     return result | {"return_dict": None}
-
-
-def _save(graph: ir.Model, folder: Path, advance: Any) -> None:
-    def report(tensor: ir.TensorProtocol, info: Any) -> None:
-        advance(tensor.nbytes)
-
-    ir.save(graph, folder / MODEL_NAME, external_data=DATA_NAME, size_threshold_bytes=1024, callback=report)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings about its own internals from the user; its errors are raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def free_or_fixed(given: Mapping[str, int | None], *, static: bool, config: Mapping[str, Any]) -> dict[str, int]:

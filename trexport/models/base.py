@@ -93,7 +93,7 @@ def open_base(name: str, *, revision: str | None = None, variant: str | None = N
     path = Path(name)
     if path.exists():
         return _folder(name, path, variant)
-    if _looks_like_hub_id(name):
+    if looks_like_hub_id(name):
         return _folder(name, _download(name, revision, variant), variant)
     raise BaseError(
         f"{name}: no such folder; expected a diffusers folder, a Hub id (owner/name), "
@@ -141,14 +141,26 @@ def _folder(name: str, folder: Path, variant: str | None) -> Base:
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found != UNET_CLASS:
         raise BaseError(f"{file}: the model is a {found}, expected a {UNET_CLASS}")
-    weights, index = _weight_files(unet, variant)
+    weights, index = weight_files(unet, variant)
     return Base(name, config, weights, folder, index, variant)
 
 
-def _weight_files(unet: Path, variant: str | None) -> tuple[list[WeightFile], Mapping[str, Any] | None]:
+def weight_files(
+    unet: Path, variant: str | None, stem: str = WEIGHTS_STEM, pickle_stem: str = WEIGHTS_STEM
+) -> tuple[list[WeightFile], Mapping[str, Any] | None]:
+    """The safetensors files of a model's folder, and their index where there are several.
+
+    Args:
+        variant: the infix of their names.
+        stem: how their names begin.
+        pickle_stem: how those of pickles do, which are refused by name.
+
+    Raises:
+        BaseError: none, only pickles, or files that cannot be read.
+    """
     infix = f".{variant}" if variant else ""
-    index_file = unet / f"{WEIGHTS_STEM}.safetensors.index{infix}.json"
-    single = unet / f"{WEIGHTS_STEM}{infix}.safetensors"
+    index_file = unet / f"{stem}.safetensors.index{infix}.json"
+    single = unet / f"{stem}{infix}.safetensors"
     if single.is_file():
         return [SafetensorsFile(single)], None
     if index_file.is_file():
@@ -166,7 +178,8 @@ def _weight_files(unet: Path, variant: str | None) -> tuple[list[WeightFile], Ma
             if held.get(key) != name:
                 raise BaseError(f"{index_file}: says {key} is in {name}, found in {held.get(key)}")
         return shards, index
-    others = sorted(path.name for path in unet.glob(f"{WEIGHTS_STEM}*") if path.is_file())
+    names = {path.name for start in (stem, pickle_stem) for path in unet.glob(f"{start}*") if path.is_file()}
+    others = sorted(names)
     pickles = [name for name in others if name.endswith((".bin", ".ckpt", ".pt"))]
     if pickles and len(pickles) == len(others):
         raise BaseError(
@@ -177,21 +190,31 @@ def _weight_files(unet: Path, variant: str | None) -> tuple[list[WeightFile], Ma
     raise BaseError(f"{unet}: no weights, expected {single.name} or {index_file.name}{hint}")
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
     parts = name.split("/")
     return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and not name.startswith("/")
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     infix = f".{variant}" if variant else ""
     wanted = [f"{WEIGHTS_STEM}{infix}.safetensors", f"{WEIGHTS_STEM}{infix}-*.safetensors", f"*.index{infix}.json"]
     patterns = ["model_index.json", "scheduler/*.json", "config.json", "unet/config.json"]
     patterns += [f"{prefix}{pattern}" for prefix in ("", "unet/") for pattern in wanted]
+    return download(name, revision, patterns)
+
+
+def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of a Hub id's files that match any of `patterns`, fetched where they are not here.
+
+    Raises:
+        BaseError: they cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BaseError(

@@ -46,6 +46,21 @@ class TrajectoryParity:
 
 @final
 @dataclass(frozen=True)
+class ComponentParity:
+    """One output of a pipeline's other model against PyTorch, at its worst."""
+
+    component: str
+    output: str
+    dtype: Dtype
+    cases: int
+    relative_l2: float
+    max_abs: float
+    limit: float
+    """On relative L2."""
+
+
+@final
+@dataclass(frozen=True)
 class FirstDeviation:
     """The first tensor of a graph that leaves the tolerance."""
 
@@ -72,6 +87,8 @@ class ParityReport:
     failures: Sequence[str]
     first_deviation: FirstDeviation | None = None
     location_note: str | None = None
+    components: Sequence[ComponentParity] = ()
+    """Of a whole pipeline, its other models."""
 
     @property
     def passed(self) -> bool:

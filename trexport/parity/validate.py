@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -20,10 +20,11 @@ from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
 from trexport.models.sample import Sample, sample_of
 from trexport.models.unet import load_unet, merge_into_, random_feeds
+from trexport.parity.components import compare_components, judge_components
 from trexport.parity.locate import first_deviation
 from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
 from trexport.parity.reference import Reference
-from trexport.parity.report import FirstDeviation, ParityReport, StepParity, TrajectoryParity
+from trexport.parity.report import ComponentParity, FirstDeviation, ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES, Tolerance
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -62,9 +63,9 @@ def validate(
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
-    whole trajectory. A blank or swappable artifact is fed the adapters; of a bank, every adapter is checked alone, and
-    all in one batch, each sample against its own picture. Inputs are rounded to the artifact's precision first, so that
-    both see the same.
+    whole trajectory; of a whole pipeline, each of its other models too. A blank or swappable artifact is fed the adapters;
+    of a bank, every adapter is checked alone, and all in one batch, each sample against its own picture. Inputs are rounded
+    to the artifact's precision first, so that both see the same.
 
     It fails where an error leaves its tolerance, where anything is NaN or Inf, and where the adapters do not move the
     output, for then equality proves nothing.
@@ -102,6 +103,8 @@ def validate(
         if options.trajectory_steps:
             denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
+            if sample is not None and shapes[0]["sequence_length"] != sample.prompts.shape[1]:
+                denoising = replace(denoising, guidance=1.0)  # its empty prompt is not that long
             trajectory = _compare_trajectory(runner, reference, denoising, feeds, groups[0], progress)
     failures: list[str] = []
     for number, who in enumerate(groups):
@@ -115,9 +118,14 @@ def validate(
             has_effect=has_effect,
         )
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
+    components: list[ComponentParity] = []
+    unet_failed = bool(failures)
+    if manifest.components:
+        components = compare_components(artifact, artifact.pipeline(base), device, options.seeds, progress=progress)
+        failures += judge_components(components)
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
-    if failures and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
+    if unet_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
         elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
@@ -136,6 +144,7 @@ def validate(
         failures=failures,
         first_deviation=deviation,
         location_note=note,
+        components=components,
     )
 
 
@@ -325,7 +334,12 @@ def _compare_trajectory(
     noise = feeds["sample"].float()
 
     def run(f: Mapping[str, Tensor]) -> Tensor:
-        return runner({**f, **who.feeds(f["sample"].shape[0], reference.strengths)})["out_sample"].cpu()
+        # guidance doubles the batch, which a model of fixed sizes does not take
+        parts = []
+        for first in range(0, f["sample"].shape[0], len(noise)):
+            rows = {name: t[first : first + len(noise)] if t.dim() else t for name, t in f.items()}
+            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})["out_sample"].cpu())
+        return torch.cat(parts)
 
     found = denoising.run(run, noise, given, progress=progress)
     wide = {name: tensor.float() for name, tensor in given.items()}

@@ -30,12 +30,12 @@ SOURCES = {
 }
 
 
-GPU_ONLY = {"tensorrt", "tensorrt-rtx"}
-"""What they build is tested in trt/, as far as that goes without a GPU."""
+APART = {"aotinductor", "tensorrt", "tensorrt-rtx"}
+"""Engines: tests of their own build them, in test_aotinductor.py and, as far as that goes without a GPU, in trt/."""
 
 
 def test_every_backend_has_a_source_here() -> None:
-    assert SOURCES.keys() | GPU_ONLY == BACKENDS.keys()
+    assert SOURCES.keys() | APART == BACKENDS.keys()
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -17,7 +17,7 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.io_spec import FREE_AXES
 from trexport.merging import merge
 from trexport.models.adapters import open_adapters
-from trexport.models.base import Base
+from trexport.models.base import Base, open_base
 from trexport.parity.report import ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES
 from trexport.parity.validate import ValidateOptions, judge, validate
@@ -135,3 +135,15 @@ def test_tolerances_grow_with_the_rounding() -> None:
     units = [torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     assert np.argsort(limits).tolist() == np.argsort(units).tolist() == [0, 1, 2]
     assert all(limit > unit for limit, unit in zip(limits, units, strict=True))
+
+
+def test_guidance_does_not_double_a_fixed_batch(tmp_path: Path) -> None:
+    """The sample draws with guidance, its trajectory runs two samples for each; this model takes one."""
+    base = open_base("sample:digits")
+    adapters = open_adapters(["sample:digits/slant"], base)
+    fixed = {"batch_size": 1, "height": 16, "width": 16, "sequence_length": 3}
+    export_onnx(base, adapters, tmp_path / "fixed", ExportOptions(fixed=fixed))
+    report = validate(open_artifact(tmp_path / "fixed"), base, adapters, "cpu", QUICK)
+    assert report.passed
+    assert report.trajectory is not None
+    assert report.trajectory.guidance > 1

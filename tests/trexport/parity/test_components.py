@@ -1,0 +1,115 @@
+"""Validation covers a pipeline's other models: equal ones pass, a wrong weight or a NaN in one does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.trexport.helpers import copy_of, run_cli
+from tests.trexport.pipelines import STATIC, VAE_WEIGHTS, edit_weights
+from trexport.artifact import open_artifact
+from trexport.errors import ArtifactError
+from trexport.models.base import open_base
+from trexport.parity.components import compare_components, judge_components
+from trexport.parity.report import ComponentParity
+from trexport.parity.tolerance import TOLERANCES
+
+QUICK = ["--timesteps", "5", "--seeds", "1", "--trajectory-steps", "0", "--no-locate"]
+
+
+@pytest.fixture(scope="module")
+def artifact(pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion, whole, float16, static, an adapter merged in."""
+    out = tmp_path_factory.mktemp("artifact") / "sd"
+    command = [
+        "onnx",
+        str(pipelines / "sd"),
+        "random:tlora:2:6",
+        "-o",
+        str(out),
+        "--dtype",
+        "fp16",
+        "--static",
+        *STATIC,
+    ]
+    assert run_cli(command) == 0
+    return out
+
+
+def test_every_output_is_compared_and_reported(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["validate", artifact, *QUICK, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {(entry["component"], entry["output"]): entry for entry in report["components"]}
+    assert list(found) == [
+        ("text_encoder", "last_hidden_state"),
+        ("text_encoder", "pooler_output"),
+        ("vae_encoder", "latent_parameters"),
+        ("vae_decoder", "sample"),
+    ]
+    for entry in found.values():
+        assert entry["dtype"] == "fp16"
+        assert entry["limit"] == TOLERANCES["fp16"].relative_l2
+        assert 1e-6 < entry["relative_l2"] <= entry["limit"]
+        assert entry["cases"] == 2  # two shapes, for the batch is free
+    assert run_cli(["validate", artifact, *QUICK]) == 0
+    assert "text_encoder: pooler_output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("vae_decoder", "decoder.conv_out.bias"), ("text_encoder", "final_layer_norm.bias")]
+)
+@pytest.mark.parametrize("change", [0.3, math.nan])
+def test_a_wrong_weight_fails(
+    name: str, key: str, change: float, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(artifact, tmp_path / "x")
+    path = folder / name / "model.onnx"
+    model = onnx.load(path)
+    (tensor,) = [i for i in model.graph.initializer if i.name.endswith(key)]
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[1] += change
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    onnx.save(model, path)
+    damaged = open_artifact(folder, verify=False)
+    base, _ = damaged.sources()
+    found = compare_components(damaged, damaged.pipeline(base), "cpu", range(1))
+    failures = judge_components(found)
+    assert failures
+    assert all(failure.startswith(f"{name}: ") for failure in failures)
+    assert run_cli(["validate", folder, *QUICK]) == 1  # the hash says so before anything runs
+    assert "changed or damaged" in capsys.readouterr().err
+
+
+def test_parity_not_met_is_exit_code_3(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = dataclasses.replace(TOLERANCES["fp16"], relative_l2=1e-9)
+    monkeypatch.setitem(TOLERANCES, "fp16", tight)
+    limit = ["--max-relative-l2", "3e-3"]  # the UNet's own
+    assert run_cli(["validate", artifact, *QUICK, *limit]) == 3
+    error = capsys.readouterr().err
+    assert "vae_decoder: relative L2 of sample" in error
+    assert "of a step" not in error
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2e-3])
+def test_no_number_that_is_not_within_the_limit_is_judged_good(value: float) -> None:
+    entry = ComponentParity("vae_decoder", "sample", "fp32", 2, 1e-3, 0.1, 1e-3)
+    assert judge_components([entry]) == []
+    assert len(judge_components([entry, dataclasses.replace(entry, relative_l2=value)])) == 1
+
+
+def test_another_vae_than_it_was_made_from_is_refused(artifact: Path, pipelines: Path, tmp_path: Path) -> None:
+    folder = copy_of(pipelines / "sd", tmp_path / "sd")
+    edit_weights(folder / VAE_WEIGHTS, lambda tensors: tensors["decoder.conv_out.bias"].add_(1e-3))
+    opened = open_artifact(artifact)
+    with pytest.raises(ArtifactError, match=r"sd/vae: not what .* hash differs"):
+        opened.pipeline(open_base(str(folder)))
+    with pytest.raises(ArtifactError, match="no text_encoder.*--base"):
+        opened.pipeline(open_base(str(folder / "unet")))
