@@ -120,7 +120,13 @@ TREXPORT_STOREYS = [
     {"demo"},
     {"cli"},
 ]
-RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+RUNTIMES = {
+    "onnxruntime": "trexport.backends.onnxruntime",
+    "tensorrt": "trexport.backends.tensorrt",
+    "tensorrt_rtx": "trexport.backends.tensorrt_rtx",
+    "tritonclient": "trexport.deploy.client",
+}
+"""Runtime → the one file that may import it."""
 
 
 def trlora_stands_alone(imports: list[Import]) -> list[Import]:
@@ -198,12 +204,11 @@ def backends_are_apart(imports: list[Import]) -> list[Import]:
 
 
 def runtimes_are_imported_late(imports: list[Import]) -> list[Import]:
-    """A third-party runtime is imported in one file, the backend of its name, and inside a function there."""
+    """A third-party runtime is imported in one file, and inside a function there."""
     return [
         item
         for item in imports
-        if under(item.target, *RUNTIMES)
-        and (item.at_import or item.importer != f"trexport.backends.{item.target.split('.')[0]}")
+        if under(item.target, *RUNTIMES) and (item.at_import or item.importer != RUNTIMES[item.target.split(".")[0]])
     ]
 
 
@@ -347,8 +352,10 @@ BREAKS: dict[str, tuple[Rule, dict[str, str], list[str]]] = {
             "trexport/bench/run.py": "def f():\n    import tensorrt_rtx",
             "trexport/backends/tensorrt_rtx.py": "if TYPE_CHECKING: import tensorrt_rtx\nasync def f(): import tensorrt_rtx",
             "trexport/backends/torch.py": "def f():\n    import onnxruntime",
+            "trexport/deploy/client.py": "def f():\n    import tritonclient.http",
+            "trexport/deploy/check.py": "def f():\n    import tritonclient.grpc",
         },
-        ["onnxruntime.tools", "tensorrt", "tensorrt_rtx", "onnxruntime"],
+        ["onnxruntime.tools", "tensorrt", "tensorrt_rtx", "onnxruntime", "tritonclient.grpc"],
     ),
     "trexport upward": (
         trexport_builds_upward,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -24,7 +23,7 @@ _TYPES = {
     torch.int64: "INT64",
     torch.int32: "INT32",
 }
-_TRANSPORTS = {"http": ("tritonclient.http", "HTTP"), "grpc": ("tritonclient.grpc", "gRPC")}
+_TRANSPORTS = {"http": "HTTP", "grpc": "gRPC"}
 
 
 @final
@@ -44,9 +43,9 @@ class TritonClient:
         parts = urlsplit(url)
         if parts.scheme not in _TRANSPORTS or not parts.netloc:
             raise UsageError(f"{url}: expected http://HOST:PORT or grpc://HOST:PORT")
-        name, transport = _TRANSPORTS[parts.scheme]
+        transport = _TRANSPORTS[parts.scheme]
         try:
-            self._module = importlib.import_module(name)
+            self._module = _tritonclient(parts.scheme)
         except ImportError as error:
             raise MissingError(
                 f"tritonclient for {transport} is not installed; install trexport[triton-client]"
@@ -125,6 +124,16 @@ def parameter(config: Mapping[str, Any], key: str) -> Any:
     """A parameter of a model's configuration that holds JSON; None where there is none."""
     entry = config.get("parameters", {}).get(key)
     return None if entry is None else json.loads(entry["string_value"])
+
+
+def _tritonclient(scheme: str) -> Any:
+    if scheme == "http":
+        import tritonclient.http
+
+        return tritonclient.http
+    import tritonclient.grpc
+
+    return tritonclient.grpc
 
 
 def _array(tensor: Tensor) -> Any:

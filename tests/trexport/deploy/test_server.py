@@ -173,7 +173,7 @@ def denoised(sample: Sample, session: Session, noise: Tensor, prompt: int, name:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["nin"], "no adapter 'nin', there are .*nearest existing name is 'nine'"),
+        (["nines"], "no adapter 'nines', there are .*nearest existing name is 'nine'"),
         (["../unet"], "no name of an adapter"),
         (["nine", "slant"], "several adapters for one sample"),
         (["nine", "nine"], "named twice"),
@@ -197,7 +197,7 @@ MALFORMED: dict[str, dict[str, Tensor]] = {
     "no axis": {"timestep": torch.zeros(1)},
     "another batch": {"timestep": torch.zeros(2, 1)},
     "dtype": {"sample": torch.zeros(1, 1, 16, 16).half()},
-    "unknown input": {"smaple": torch.zeros(1, 1)},
+    "unknown input": {"sample2": torch.zeros(1, 1)},
     "too many": {
         "sample": torch.zeros(9, 1, 16, 16),
         "timestep": torch.zeros(9, 1),
@@ -424,9 +424,9 @@ def test_the_check_proves_the_server_equal_to_torch(
     arguments = ["deploy", "triton", "--check", f"grpc://{server.grpc}", "--adapters", digits_adapters, "--json"]
     assert run_cli(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    whats = " ".join(check["what"] for check in report["checks"])
+    asked = " ".join(check["what"] for check in report["checks"])
     assert report["passed"]
-    assert all(name in whats for name in (*NAMES, "unet_image"))
+    assert all(name in asked for name in (*NAMES, "unet_image"))
     with_artifact = ["deploy", "triton", digits_bank.folder, "--check", f"http://{server.http}"]
     assert run_cli(with_artifact) == 0
 
