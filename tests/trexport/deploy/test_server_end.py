@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trexport.deploy.server import ROOT, TritonServer, needs_server, triton_server
+from tests.trexport.deploy.server import ENVIRONMENT, ROOT, TritonServer, needs_server, triton_server
 from tests.trexport.helpers import SIZES
 from trexport.artifact import Artifact
 from trexport.deploy.client import TritonClient
@@ -45,6 +45,14 @@ def test_a_server_whose_stub_cannot_read_numpy_refuses_to_start(tiny: Path, tmp_
         assert "--python-env" in server.log()
     finally:
         server.stop()
+
+
+def test_the_python_of_a_model_is_the_one_that_was_asked_for(tmp_path: Path, onnx_artifact: Artifact) -> None:
+    """The server itself finds the environment above; --python-env leads its model to one that it can work with."""
+    options = TritonOptions(image=False, python_env=str(ENVIRONMENT))
+    write_triton(onnx_artifact, tmp_path / "repository", options)
+    with TritonServer(tmp_path / "repository", ["unet"], tmp_path, python=ROOT / ".venv") as server:
+        assert server.process.poll() is None
 
 
 def test_a_server_told_to_end_answers_right_or_not_at_all(tiny: Path, onnx_artifact: Artifact, base: Base) -> None:
