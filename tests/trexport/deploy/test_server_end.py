@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trexport.deploy.server import ENVIRONMENT, ROOT, TritonServer, needs_server, triton_server
+from tests.trexport.deploy.server import ENVIRONMENT, ROOT, TritonServer, needs_server
 from tests.trexport.helpers import SIZES
 from trexport.artifact import Artifact
 from trexport.deploy.client import TritonClient
@@ -55,8 +55,13 @@ def test_the_python_of_a_model_is_the_one_that_was_asked_for(tmp_path: Path, onn
         assert server.process.poll() is None
 
 
-def test_a_server_told_to_end_answers_right_or_not_at_all(tiny: Path, onnx_artifact: Artifact, base: Base) -> None:
-    """Clients send without pause when SIGTERM comes: three want steps, over both protocols, the fourth pictures."""
+@pytest.mark.parametrize("patient", [True, False], ids=["leaving", "staying"])
+def test_a_server_told_to_end_answers_right_or_not_at_all(
+    tiny: Path, tmp_path: Path, onnx_artifact: Artifact, base: Base, patient: bool
+) -> None:
+    """Clients send without pause when SIGTERM comes: three want steps, over both protocols, the fourth pictures. Those who
+    only wait for what they have sent get all of it, and the server ends well. Those who go on sending are served until
+    the server's time to end is over, and then told so."""
     feeds = [random_feeds(unet_spec(base.config, "fp32"), SIZES, seed=seed, timestep=50.0 * seed) for seed in range(4)]
     with Session(onnx_artifact) as session:
         wanted = [session.run(given)["out_sample"] for given in feeds[:3]]
@@ -74,18 +79,19 @@ def test_a_server_told_to_end_answers_right_or_not_at_all(tiny: Path, onnx_artif
     )
     answers: list[tuple[int, Tensor]] = []
     refused: list[str] = []
+    told = threading.Event()
 
     def send(number: int) -> None:
         model, output = ("unet_image", "latents") if number == 3 else ("unet", "out_sample")
         with TritonClient(f"http://{server.http}" if number % 2 else f"grpc://{server.grpc}") as client:
-            while True:
+            while not (patient and told.is_set()):
                 try:
                     answers.append((number, client.run(model, asked[number])[output]))
                 except RunError as error:
                     refused.append(str(error))
                     return
 
-    with triton_server(tiny, ["unet", "unet_image"]) as server:
+    with TritonServer(tiny, ["unet", "unet_image"], tmp_path, exit_timeout=30 if patient else 3) as server:
         threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -93,11 +99,15 @@ def test_a_server_told_to_end_answers_right_or_not_at_all(tiny: Path, onnx_artif
         while {number for number, _ in answers} != {0, 1, 2, 3} and time.monotonic() < end:
             time.sleep(0.01)
         server.terminate()
+        told.set()
         for thread in threads:
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)  # none waits for ever
+        code = server.process.wait(60)
+    if patient:
+        assert (refused, code) == ([], 0)
+    else:
         assert len(refused) == 4
-        assert server.process.wait(60) is not None
     assert {number for number, _ in answers} == {0, 1, 2, 3}
     for number, found in answers:
         torch.testing.assert_close(found, wanted[number], rtol=0, atol=1e-5)
