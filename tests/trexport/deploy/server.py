@@ -81,7 +81,9 @@ class TritonServer:
         environment.pop("VIRTUAL_ENV", None)
         self._shared_before = _shared_regions()
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> Self:
         """Returns when all models are ready. Raises `RuntimeError` with the log where the server ends or takes too long."""
@@ -102,7 +104,7 @@ class TritonServer:
         self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> int:
-        """End it. Returns its exit code."""
+        """End it and all that it has started. Returns its exit code."""
         if self.process.poll() is None:
             self.terminate()
             try:
@@ -110,6 +112,8 @@ class TritonServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         code = self.process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a server that ends in haste leaves its stubs behind
+            os.killpg(self.process.pid, signal.SIGKILL)
         for path in _shared_regions() - self._shared_before:  # left where a stub was killed
             path.unlink(missing_ok=True)
         return code
