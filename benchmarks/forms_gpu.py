@@ -58,6 +58,8 @@ def run(base: Base, folder: Path) -> dict[str, Any]:
     for form, options in FORMS.items():
         export_onnx(base, adapters, folder / form, ExportOptions("fp16", fixed=default_sizes(base.config), **options))
         artifact = open_artifact(folder / form, verify=False)
+        if os.environ.get("BENCH_CHECKS") == "0":
+            continue
         checks = ValidateOptions(timesteps=(1, 500), seeds=(0,), trajectory_steps=0, locate=False)
         report = validate(artifact, base, adapters, "cuda", checks)
         fields["parity"][form] = {"passed": report.passed, "relative_l2": [s.relative_l2 for s in report.steps]}

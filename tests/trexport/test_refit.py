@@ -83,7 +83,7 @@ def test_the_weights_are_those_of_the_export(half_artifact: Artifact) -> None:
 def test_a_name_that_the_engine_lacks() -> None:
     check_names(["a.weight"], ["a.weight", "b.weight"])
     with pytest.raises(ExportError, match="'a.weight'"):
-        check_names(["a.weigth"], ["a.weight", "b.weight"])
+        check_names(["a.weights"], ["a.weight", "b.weight"])
 
 
 @pytest.fixture(scope="module")

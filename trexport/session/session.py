@@ -54,7 +54,7 @@ class Session:
         artifact: a folder of `trexport onnx` or `trexport engine`, or an opened one.
         device: `cpu`, `cuda`, or `auto`.
         capacity: how many adapters are kept in memory, beside the active ones; those used least recently leave, and are read
-            again when asked for. A bank has its own number of places.
+            again when asked for. A bank's places are apart from these: what is in memory goes into a place without its file.
         verify: check the hashes of the artifact's files; ignored for an opened one.
 
     Raises:
@@ -74,9 +74,10 @@ class Session:
         self.device: Device = device_of(device)
         self._form = form_of(self.artifact, self.device)
         self._bank = self._form if isinstance(self._form, BankForm) else None
-        if self._bank is not None:
-            capacity = self._bank.places if capacity is None else min(capacity, self._bank.places)
-        self._store = AdapterStore(CAPACITY if capacity is None else capacity, self._open, self._prepare)
+        # a batch of a bank needs as many at once as it has places
+        least = 1 if self._bank is None else self._bank.places
+        chosen = max(CAPACITY, least) if capacity is None else capacity
+        self._store = AdapterStore(chosen, self._open, self._prepare)
         self._runner = self._load()
         self._steppers: list[Runner] = []
         self._lock = ReadWriteLock()
