@@ -11,7 +11,7 @@ OUT    ?= demo-output
 TRITON := .envs/triton
 HAS_TRITON := $(shell $(PYTHON) -c 'import sys; print(sys.platform == "linux" and sys.version_info < (3, 13) or "")')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo environments test lint format bench clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.python:
@@ -44,8 +44,11 @@ $(TRITON)/.ready: pyproject.toml
 	$(TRITON)/bin/python -m pip install -q -e ".[onnxruntime,triton]" "$(TORCH)"
 	touch $@
 
-test: $(VENV)/.dev $(OPTIMUM)/.ready $(if $(HAS_TRITON),$(TRITON)/.ready)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+# every environment of the tests; with -j all at once
+environments: $(VENV)/.dev $(OPTIMUM)/.ready $(if $(HAS_TRITON),$(TRITON)/.ready)
+
+test: environments
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
