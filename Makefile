@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 OPTIMUM := .envs/optimum
 # torch first and by its exact version: any other spelling lets pip pull several gigabytes of CUDA packages onto a CPU machine
 TORCH  ?= torch==2.13.0
+# bytecode is made when something is imported; for the whole of torch it would take long
+PIP    := -m pip install -q --no-compile
 OUT    ?= demo-output
 # the Triton server of the tests, whose numpy is older than theirs; its wheel is for Linux and Python below 3.13
 TRITON := .envs/triton
@@ -17,15 +19,15 @@ HAS_TRITON := $(shell $(PYTHON) -c 'import sys; print(sys.platform == "linux" an
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python $(PIP) "$(TORCH)"
 	touch $@
 
 $(VENV)/.run: $(VENV)/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e ".[onnxruntime]" "$(TORCH)"
+	$(BIN)/python $(PIP) -e ".[onnxruntime]" "$(TORCH)"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e ".[dev]" "$(TORCH)"
+	$(BIN)/python $(PIP) -e ".[dev]" "$(TORCH)"
 	touch $@ $(VENV)/.run
 
 demo: $(VENV)/.run
@@ -34,14 +36,14 @@ demo: $(VENV)/.run
 # optimum wants an older transformers and diffusers than the newest: a world of its own, for the tests of what it loads
 $(OPTIMUM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OPTIMUM)
-	$(OPTIMUM)/bin/python -m pip install -q "$(TORCH)"
-	$(OPTIMUM)/bin/python -m pip install -q -e ".[optimum]" "$(TORCH)"
+	$(OPTIMUM)/bin/python $(PIP) "$(TORCH)"
+	$(OPTIMUM)/bin/python $(PIP) -e ".[optimum]" "$(TORCH)"
 	touch $@
 
 $(TRITON)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(TRITON)
-	$(TRITON)/bin/python -m pip install -q "$(TORCH)"
-	$(TRITON)/bin/python -m pip install -q -e ".[onnxruntime,triton]" "$(TORCH)"
+	$(TRITON)/bin/python $(PIP) "$(TORCH)"
+	$(TRITON)/bin/python $(PIP) -e ".[onnxruntime,triton]" "$(TORCH)"
 	touch $@
 
 # every environment of the tests; with -j all at once

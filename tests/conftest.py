@@ -10,6 +10,12 @@ import torch
 torch.set_num_threads(1)  # the tensors of the tests are small: threads only wait for each other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: begun last, one of them would run alone while the other processes have nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Every test draws the same numbers, alone or in the whole suite, and leaves torch's defaults as they were."""

@@ -13,6 +13,7 @@ from trexport.demo.run import REPORT_NAME, run_demo
 from trexport.errors import UsageError
 
 
+@pytest.mark.slow
 def test_the_whole_line_ends_in_a_report_that_stands_alone(tmp_path: Path) -> None:
     said: list[str] = []
     result = run_demo(tmp_path / "out", ["outline"], say=said.append)

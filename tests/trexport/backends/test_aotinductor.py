@@ -34,6 +34,7 @@ from trexport.profile import Profile, parse_profile
 from trexport.session import Session, fed_tensors
 from trexport.session.sources import source_of, source_with
 
+pytestmark = pytest.mark.slow
 AOTI = engine_backend_of("aotinductor")
 FREE = "1x8x8x5,2x8x8x5,3x12x16x9"
 QUICK = ValidateOptions(timesteps=(1, 500), seeds=(0,), trajectory_steps=2, locate=False)

@@ -21,6 +21,7 @@ from trexport.progress import Progress, Task
 from trexport.session.sources import source_of
 
 RTX = engine_backend_of("tensorrt-rtx")
+pytestmark = pytest.mark.slow
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
 
 
