@@ -113,7 +113,7 @@ TREXPORT_STOREYS = [
     {"models"},
     {"graph", "backends", "merging"},
     {"artifact"},
-    {"adapter_file"},
+    {"adapter_file", "pristine"},
     {"session", "engine"},
     {"parity", "inspecting", "refit"},
     {"bench", "deploy"},

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -18,16 +17,17 @@ from trexport.artifact import ADAPTED_NAME, Artifact
 from trexport.backends import EngineBackend, EngineOptions, OnnxFile, TorchModel
 from trexport.backends.base import BuildReport
 from trexport.disk import check_disk
-from trexport.errors import ArtifactError, UsageError
+from trexport.errors import UsageError
 from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, default_sizes, downscale_of
+from trexport.io_spec import BYTES_OF, ModelSpec, TensorSpec, default_sizes, downscale_of
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.sample import sample_of
-from trexport.models.unet import DTYPES, layers_of
+from trexport.models.unet import layers_of
+from trexport.pristine import copy_of, stored_weights
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
@@ -110,7 +110,7 @@ def build_engine(
             kind="engine",
             form=manifest.form,
             dtype=manifest.dtype,
-            io=manifest.io,
+            io=_fixed_by(manifest.io, record.profiles),
             base=BaseRecord(manifest.base.name, manifest.base.content_hash),
             adapters=manifest.adapters,
             files=files,
@@ -143,17 +143,24 @@ def default_profile(artifact: Artifact, base: Base) -> Profile:
 
 def pristine_weights(artifact: Artifact) -> dict[str, Tensor]:
     """Of a swappable ONNX artifact the adapted weights before any adapter, by parameter name, in the artifact's dtype."""
-    initializers = ir.load(artifact.onnx_path).graph.initializers
-    weights: dict[str, Tensor] = {}
-    for path in swappable_of(artifact).slot.layers:
-        name = f"{path}.weight"
-        stored = initializers[name].const_value if name in initializers else None
-        if stored is None:
-            raise ArtifactError(f"{artifact.folder}: {name} is not in the model; export again")
-        dtype = DTYPES[artifact.manifest.dtype]
-        # bytes, for NumPy has no bfloat16
-        weights[name] = torch.frombuffer(bytearray(stored.tobytes()), dtype=dtype).reshape(stored.shape.numpy())
-    return weights
+    return {name: copy_of(stored) for name, stored in stored_weights(artifact, swappable_of(artifact).slot).items()}
+
+
+def _fixed_by(io: ModelSpec, profiles: Sequence[Profile]) -> ModelSpec:
+    """The inputs and outputs with the axes fixed that every profile has at one and the same size."""
+    fixed = {
+        axis: size
+        for axis, size in profiles[0].fixed.items()
+        if all(profile.fixed.get(axis) == size for profile in profiles)
+    }
+
+    def fix(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(t.name, t.dtype, tuple(fixed.get(a, a) if isinstance(a, str) else a for a in t.axes))
+            for t in tensors
+        )
+
+    return ModelSpec(fix(io.inputs), fix(io.outputs))
 
 
 def source_for(

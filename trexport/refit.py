@@ -10,8 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trexport.artifact import Artifact
-from trexport.backends import BACKENDS, EngineFile, OnnxFile
-from trexport.backends.trt.backend import TrtBackend
+from trexport.backends import EngineFile, OnnxFile, engine_backend_of
 from trexport.engine import source_for
 from trexport.errors import ArtifactError, UsageError
 from trexport.hashing import sha256_of_file
@@ -77,9 +76,9 @@ def refit_engine(
         ExportError: the engine refuses a weight.
     """
     record = artifact.engine_record
-    backend = BACKENDS[record.backend]
+    backend = engine_backend_of(record.backend)
     flags = record.settings.get("flags", ())
-    if not isinstance(backend, TrtBackend) or not {"REFIT", "REFIT_IDENTICAL"} & set(flags):
+    if not {"REFIT", "REFIT_IDENTICAL"} & set(flags):
         raise UsageError(f"{artifact.folder}: built without --refit, its weights stay as they are; build it again")
     stripped = bool(record.settings.get("strip"))
     if stripped and onnx is None:

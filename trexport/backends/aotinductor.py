@@ -49,7 +49,7 @@ from trexport.backends.base import (
 )
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, downscale_of, unet_spec
-from trexport.models.unet import DTYPES, call_unet, load_unet, merge_into_, random_feeds, spread_timestep
+from trexport.models.unet import DTYPES, call_unet, fitted, load_unet, merge_into_, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 
@@ -228,22 +228,11 @@ class _AotInductorRunner(Runner):
         Raises:
             UsageError: an input missing, or of a rank or size that the engine does not take.
         """
-        feeds = spread_timestep(self.spec, feeds)
-        sizes: dict[str, int] = {}
-        inputs: dict[str, Tensor] = {}
-        for tensor in self.spec.inputs:
-            if tensor.name not in feeds:
-                raise UsageError(f"{tensor.name}: missing; expected {[wanted.name for wanted in self.spec.inputs]}")
-            value = feeds[tensor.name]
-            fits = value.dim() == len(tensor.axes)
-            for axis, size in zip(tensor.axes, value.shape, strict=False):
-                fits = fits and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
-            if not fits:
-                axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
-                raise UsageError(f"{tensor.name}: shape {list(value.shape)} found, expected {axes}")
-            inputs[tensor.name] = value.to(
-                self.device, DTYPES[tensor.dtype], copy=True, memory_format=torch.contiguous_format
-            )
+        inputs = {
+            name: value.to(self.device, copy=True, memory_format=torch.contiguous_format)
+            for name, value in fitted(self.spec, feeds).items()
+        }
+        sizes = sizes_of(self.spec, inputs)
         multiple = self._record.settings[_MULTIPLE]
         if not self._profile.holds(sizes) or any(sizes.get(axis, 0) % multiple for axis in ("height", "width")):
             raise UsageError(
@@ -399,8 +388,8 @@ class AotInductor(EngineBackend):
         ok, why = self.loads_here(source.record)
         if not ok:
             raise MissingError(f"{source.path}: this engine does not load here: {why}")
-        own: Device = "cpu" if source.record.targets == ("cpu",) else "cuda"
-        if own != device:
+        if source.record.device != device:
+            own = source.record.device
             raise UsageError(f"{source.path}: this engine was built for {own}; use --device {own}")
         return _AotInductorRunner(source, device)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, final
 
 from torch import Tensor
 
+from trexport.errors import UsageError
 from trexport.io_spec import Dtype, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
@@ -68,6 +69,11 @@ class EngineRecord:
     """What the builder was told, by its own names."""
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Adapted layer → (out_features, in_features), where adapters may come and go."""
+
+    @property
+    def device(self) -> Device:
+        """The kind of device that it runs on."""
+        return "cpu" if self.targets == ("cpu",) else "cuda"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -265,6 +271,25 @@ class EngineBackend(AbstractBackend):
         Raises:
             ExportError: the builder refuses the model; its own words are in the message.
         """
+
+    def refit(
+        self, source: EngineFile, weights: Mapping[str, Tensor], onnx: Path | None = None, graph: bytes | None = None
+    ) -> bytes:
+        """The engine with other weights.
+
+        Args:
+            weights: by parameter name, on the CPU, in the engine's dtype.
+            onnx: a model to take every weight from first, for an engine that was built without them.
+            graph: that model's graph as the engine was built from it.
+
+        Raises:
+            UsageError: engines of this backend are not refitted.
+            MissingError: no device here that the engine is for.
+            ExportError: the engine refuses a weight.
+        """
+        raise UsageError(
+            f"{self.name}: its engines are not refitted; --swappable has weights that are replaced in place"
+        )
 
     @abstractmethod
     def loads_here(self, record: EngineRecord) -> tuple[bool, str]:

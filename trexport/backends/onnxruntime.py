@@ -21,8 +21,7 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import ArtifactError, MissingError, RunError
-from trexport.io_spec import ModelSpec
-from trexport.models.unet import DTYPES, spread_timestep
+from trexport.models.unet import DTYPES, sizes_of, spread_timestep
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
@@ -248,16 +247,6 @@ class _OnnxRuntimeRunner(Runner):
         fed = inputs | self._constants
         run = bound_run(session, fed, outputs, self.device, release_memory=self._release_memory)
         return Step(run, inputs, outputs)
-
-
-def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of the free axes, read off the inputs that are fed."""
-    sizes: dict[str, int] = {}
-    for tensor in [tensor for tensor in spec.inputs if tensor.name in feeds]:
-        for axis, size in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
-            if isinstance(axis, str):
-                sizes[axis] = size
-    return sizes
 
 
 def _availability(device: Device) -> Availability:

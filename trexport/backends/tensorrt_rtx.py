@@ -50,6 +50,10 @@ class TensorRtRtx(TrtBackend):
             )
         if options.hardware_compatible is not None:
             raise UsageError("tensorrt-rtx: is for every GPU that --target names; give several instead")
+        if options.version_compatible:
+            raise UsageError(
+                "tensorrt-rtx: has no lean runtime to put into an engine for other versions; leave --version-compatible out"
+            )
         if options.optimization_level is not None:
             raise UsageError("tensorrt-rtx: has one optimization level; leave --optimization-level out")
         if options.refit is not None and gpu_here() is None:

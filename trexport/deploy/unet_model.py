@@ -26,10 +26,15 @@ def unet_config(artifact: Artifact, options: TritonOptions) -> ModelConfig:
     """The configuration of a UNet's model.
 
     Raises:
-        UsageError: Triton's own backend is asked for and cannot serve the artifact.
+        UsageError: Triton's own backend is asked for and cannot serve the artifact, or an engine is for another device.
     """
-    backend = _backend(artifact, options)
     manifest = artifact.manifest
+    if manifest.kind == "engine" and artifact.engine_record.device != options.device:
+        own = artifact.engine_record.device
+        raise UsageError(
+            f"{artifact.folder}: the engine was built for {own}, not for {options.device}; use --device {own}"
+        )
+    backend = _backend(artifact, options)
     chosen = (ADAPTER_INDEX, ADAPTER_STRENGTH)
     inputs = [Port.of(tensor) for tensor in manifest.io.inputs if tensor.name not in chosen]
     zeros = tuple(Port(port.name, port.type, usual_shape(artifact, port.name), scalar=port.scalar) for port in inputs)
@@ -80,8 +85,6 @@ def _why_not_native(artifact: Artifact, options: TritonOptions) -> str | None:
             return f"Triton has no backend for engines of {record.backend}"
         if len(record.profiles) != 1 or record.profiles[0].min["batch_size"] > 1:
             return "the engine needs one profile that takes one sample too; build it with --profile"
-        if options.device != "cuda":
-            return "TensorRT runs on CUDA; use --device cuda"
     io = {tensor.name: tensor for tensor in manifest.io.inputs}
     if not io["timestep"].axes:
         return "its timestep is one for the whole batch, which Triton cannot batch; export with --timestep-per-sample"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trexport.errors import BaseError
+from trexport.errors import BaseError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, TensorDtype, unet_spec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
@@ -148,6 +148,39 @@ def spread_timestep(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> Mapping[str
     if wanted is None or not wanted.axes or "timestep" not in feeds or feeds["timestep"].dim():
         return feeds
     return {**feeds, "timestep": feeds["timestep"].expand(feeds["sample"].shape[0])}
+
+
+def fitted(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The feeds of one step as a model takes them: those of `spec`, each in its dtype, a scalar `timestep` spread.
+
+    Raises:
+        UsageError: one is missing, of another rank or size, or its sizes contradict another's.
+    """
+    feeds = spread_timestep(spec, feeds)
+    sizes: dict[str, int] = {}
+    given: dict[str, Tensor] = {}
+    for tensor in spec.inputs:
+        if tensor.name not in feeds:
+            raise UsageError(f"{tensor.name}: missing; expected {[wanted.name for wanted in spec.inputs]}")
+        value = feeds[tensor.name]
+        fits = value.dim() == len(tensor.axes)
+        for axis, size in zip(tensor.axes, value.shape, strict=False):
+            fits = fits and size > 0 and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+        if not fits:
+            axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
+            raise UsageError(f"{tensor.name}: shape {list(value.shape)} found, expected {axes}")
+        given[tensor.name] = value.to(DTYPES[tensor.dtype])
+    return given
+
+
+def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sizes of the free axes, read off the inputs that are fed."""
+    sizes: dict[str, int] = {}
+    for tensor in [tensor for tensor in spec.inputs if tensor.name in feeds]:
+        for axis, size in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
+            if isinstance(axis, str):
+                sizes[axis] = size
+    return sizes
 
 
 def random_feeds(

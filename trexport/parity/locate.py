@@ -19,12 +19,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from trexport.backends.base import Device
-from trexport.backends.onnxruntime import open_session, sizes_of
+from trexport.backends.onnxruntime import open_session
 from trexport.graph.check import load_graph
 from trexport.graph.export import trace
 from trexport.graph.passes.metadata import SCOPE_KEY
 from trexport.io_spec import ModelSpec
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, sizes_of
 from trexport.parity.metrics import relative_l2
 from trexport.parity.report import FirstDeviation
 

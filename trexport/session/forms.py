@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, final
 
-import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import Artifact
@@ -18,6 +16,7 @@ from trexport.errors import ArtifactError, UsageError
 from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
+from trexport.pristine import copy_of, stored_weights
 from trexport.session.form import AdapterForm, Prepared
 from trexport.session.replaced import ReplacedForm
 
@@ -66,8 +65,8 @@ class SwappableForm(AdapterForm):
     def __init__(self, artifact: Artifact, swappable: Swappable, device: Device) -> None:
         self._slot: Slot = swappable.slot
         self._device: Device = device
-        self._pristine = _weights(artifact, swappable.slot)
-        self.buffers = {name: _copy_of(stored).to(device) for name, stored in self._pristine.items()}
+        self._pristine = stored_weights(artifact, swappable.slot)
+        self.buffers = {name: copy_of(stored).to(device) for name, stored in self._pristine.items()}
         path = artifact.onnx_path.with_name(MERGE_NAME)
         # what the weights are reshaped into would be kept beside them
         self._merge: Any = open_session(str(path), device, fold_constants=False)
@@ -78,7 +77,7 @@ class SwappableForm(AdapterForm):
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         if not active:
             for name, stored in self._pristine.items():
-                self.buffers[name].copy_(_copy_of(stored))
+                self.buffers[name].copy_(copy_of(stored))
             return
         inputs = {
             name: torch.stack([prepared.fits[0][name] for prepared, _ in active]).to(self._device)
@@ -133,22 +132,3 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
         return None
     factored = factored_of(artifact)
     return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)
-
-
-def _weights(artifact: Artifact, slot: Slot) -> dict[str, ir.TensorProtocol]:
-    """The pristine weights of a slot's layers by parameter name, on the disk where they lie outside the model file."""
-    initializers = ir.load(artifact.onnx_path).graph.initializers
-    weights: dict[str, ir.TensorProtocol] = {}
-    for path in slot.layers:
-        name = f"{path}.weight"
-        stored = initializers[name].const_value if name in initializers else None
-        if stored is None:
-            raise ArtifactError(f"{artifact.folder}: {name} is not in the model; export again")
-        weights[name] = stored
-    return weights
-
-
-def _copy_of(stored: ir.TensorProtocol) -> Tensor:
-    if stored.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(stored.numpy().view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(stored.numpy().copy())

@@ -19,7 +19,7 @@ from trexport.backends import BACKENDS, Device, Runner, Step, device_of
 from trexport.errors import RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
-from trexport.models.unet import DTYPES, spread_timestep
+from trexport.models.unet import fitted
 from trexport.session.adapters import AdapterStore
 from trexport.session.form import Prepared
 from trexport.session.forms import BankForm, form_of
@@ -355,20 +355,7 @@ class Session:
         missing, unknown = wanted.keys() - feeds.keys(), feeds.keys() - wanted.keys()
         if missing or unknown:
             raise UsageError(f"inputs missing: {sorted(missing)}, unknown: {sorted(unknown)}; expected {list(wanted)}")
-        feeds = spread_timestep(spec, {name: torch.as_tensor(feeds[name]) for name in wanted})
-        sizes: dict[str, int] = {}
-        given: dict[str, Tensor] = {}
-        for name, tensor in wanted.items():
-            value = feeds[name]
-            fits = value.dim() == len(tensor.axes)
-            for axis, size in zip(tensor.axes, value.shape, strict=False):
-                expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
-                fits = fits and size == expected and size > 0
-            if not fits:
-                axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
-                raise UsageError(f"{name}: shape {list(value.shape)} found, expected {axes}")
-            given[name] = value.to(DTYPES[tensor.dtype])
-        return given
+        return fitted(spec, {name: torch.as_tensor(value) for name, value in feeds.items()})
 
 
 def _strength(name: str, value: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,10 @@ from trexport.backends import BACKENDS, EngineFile, EngineOptions, EngineRecord,
 from trexport.backends.aotinductor import _cache
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
+from trexport.deploy.options import TritonOptions
+from trexport.deploy.serve.folder import AdapterFolder
+from trexport.deploy.serve.unet import AdapterServer, Asked
+from trexport.deploy.unet_model import unet_config
 from trexport.engine import build_engine, usual_sizes
 from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
 from trexport.models.adapters import open_adapters
@@ -179,6 +184,39 @@ def test_a_session_switches_to_the_bit(replaced: Artifact, adapter_folder: Path,
         assert bits(step.outputs["out_sample"]) == bits(first)
 
 
+def test_served_requests_are_filled_up_to_the_batch_of_the_engine(
+    replaced: Artifact, adapter_folder: Path, tmp_path: Path
+) -> None:
+    """The engine takes two samples, requests bring one and three."""
+    shutil.copytree(adapter_folder, tmp_path / "a")
+    feeds = feeds_of(replaced)
+    with Session(replaced) as session:
+        session.load_adapter("a", adapter_folder)
+        plain = session.run(feeds)["out_sample"]
+        session.activate({"a": None})
+        adapted = session.run(feeds)["out_sample"]
+    one = {name: tensor[:1] if tensor.dim() else tensor.expand(1) for name, tensor in feeds.items()}
+    three = {name: torch.cat([tensor[:1]] * 3) for name, tensor in one.items()}
+    server = AdapterServer(Session(replaced), AdapterFolder(tmp_path), 8)
+    first, second = server.answer([Asked(one), Asked(three, [["a"], [""], ["a"]])])
+    server.close()
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert relative_l2(first["out_sample"], plain[:1]) <= 1e-6
+    for row, wanted in enumerate((adapted, plain, adapted)):
+        assert relative_l2(second["out_sample"][row], wanted[0]) <= 1e-6
+
+
+def test_an_engine_of_one_size_says_so(replaced: Artifact, merged: Artifact, tmp_path: Path) -> None:
+    assert replaced.manifest.io.fixed_sizes() == SIZES
+    assert merged.manifest.io.fixed_sizes() == {}
+    config = unet_config(replaced, TritonOptions())
+    assert (config.backend, config.max_batch) == ("python", SIZES["batch_size"])
+    assert unet_config(merged, TritonOptions(max_batch=8)).max_batch == 3
+    with pytest.raises(UsageError, match="--device cpu"):
+        unet_config(replaced, TritonOptions(device="cuda"))
+
+
 def test_weights_that_overflow_leave_what_was_active(
     replaced: Artifact, adapter_folder: Path, overflowing: Path
 ) -> None:
@@ -296,8 +334,6 @@ def test_a_failing_compile_leaves_nothing(
 
 
 def test_damaged_files(replaced: Artifact, merged: Artifact, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(merged.folder, tmp_path / "engine")
     path = tmp_path / "engine" / merged.engine_record.file
     path.write_bytes(path.read_bytes()[:1000])

@@ -23,11 +23,16 @@ class Arithmetic:
     """What `AdapterServer` uses of a session: the output is sample + timestep + 100 for each active adapter's strength.
     It does not run a sample that holds a 13."""
 
-    def __init__(self, batch: str | int, *, per_sample: bool) -> None:
+    def __init__(self, batch: str | int, *, per_sample: bool, least: int | None = None) -> None:
+        """`least`: of an engine's profile; None for no engine."""
         shape = TensorSpec("sample", "fp32", (batch, 1, 2, 2))
         step = TensorSpec("timestep", "fp32", (batch,) if per_sample else ())
         self.spec = ModelSpec((shape, step), ())
-        self.artifact = SimpleNamespace(manifest=SimpleNamespace(factored=None))
+        kind = "onnx" if least is None else "engine"
+        profiles = [SimpleNamespace(min={"batch_size": least})]
+        self.artifact = SimpleNamespace(
+            manifest=SimpleNamespace(factored=None, kind=kind), engine_record=SimpleNamespace(profiles=profiles)
+        )
         self.adapters: list[str] = []
         self.active: dict[str, float] = {}
         self.batches: list[int] = []
@@ -107,6 +112,12 @@ def test_a_fixed_batch_is_filled_up_and_timesteps_kept_apart(folder: AdapterFold
     found = serve(session, folder, [asked(1, 2, step=10), asked(3, step=20), asked(4, 5, 6, step=10)])
     assert found == [[11, 12], [23], [14, 15, 16]]
     assert session.batches == [4, 4, 4]
+
+
+def test_an_engine_gets_the_least_batch_that_it_takes(folder: AdapterFolder) -> None:
+    session = Arithmetic("batch_size", per_sample=False, least=3)
+    assert serve(session, folder, [asked(1, step=10), asked(2, 3, 4, 5, step=20)]) == [[11], [22, 23, 24, 25]]
+    assert min(session.batches) == 3
 
 
 def test_strengths_without_adapters_are_refused(folder: AdapterFolder) -> None:

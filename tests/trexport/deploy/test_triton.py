@@ -175,20 +175,22 @@ def test_a_tensorrt_engine_goes_to_tritons_tensorrt_backend(tmp_path: Path, per_
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "message"),
+    ("changes", "message"),
     [
-        ({"backend": "tensorrt_rtx"}, "cuda", "no backend for engines of tensorrt_rtx"),
-        ({"least": 2}, "cuda", "takes one sample too"),
-        ({}, "cpu", "--device cuda"),
+        ({"backend": "tensorrt-rtx"}, "no backend for engines of tensorrt-rtx"),
+        ({"least": 2}, "takes one sample too"),
     ],
 )
 def test_engines_that_triton_cannot_run_itself(
-    tmp_path: Path, per_sample: Artifact, changes: dict[str, Any], device: Any, message: str
+    tmp_path: Path, per_sample: Artifact, changes: dict[str, Any], message: str
 ) -> None:
     built = engine(per_sample, tmp_path / "engine", **changes)
     with pytest.raises(UsageError, match=message):
-        unet_config(built, TritonOptions(native=True, device=device))
-    assert unet_config(built, TritonOptions(device=device)).backend == "python"
+        unet_config(built, TritonOptions(native=True, device="cuda"))
+    assert unet_config(built, TritonOptions(device="cuda")).backend == "python"
+    for native in (None, False):  # no backend at all would load it there
+        with pytest.raises(UsageError, match="--device cuda"):
+            unet_config(built, TritonOptions(native=native))
 
 
 # --- the command -------------------------------------------------------------------------------------------------------

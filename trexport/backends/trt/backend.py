@@ -62,10 +62,10 @@ class TrtBackend(EngineBackend):
         if version is None:
             return Availability(False, None, f"not installed; {self.install}")
         here = gpu_here()
-        if device == "cpu" or here is None:
-            return Availability(
-                False, version, "runs on CUDA devices only, and torch sees none, or --device cpu was given"
-            )
+        if here is None:
+            return Availability(False, version, "runs on CUDA devices, and torch sees none")
+        if device == "cpu":
+            return Availability(False, version, "runs on CUDA devices; use --device cuda")
         reason = self.runs_on(here)
         return Availability(reason is None, version, reason)
 
@@ -112,11 +112,6 @@ class TrtBackend(EngineBackend):
     def refit(
         self, source: EngineFile, weights: Mapping[str, Tensor], onnx: Path | None = None, graph: bytes | None = None
     ) -> bytes:
-        """The engine with other weights: see `trexport.backends.trt.refit`.
-
-        Raises:
-            MissingError: no GPU here that the engine is for.
-        """
         available = self.availability("cuda")
         if not available.ok:
             raise MissingError(f"{self.name}: a refit needs the GPU that the engine is for; {available.reason}")

@@ -122,8 +122,7 @@ def flags_of(options: EngineOptions) -> list[str]:
     """The builder's flags, by their names in `BuilderFlag`."""
     flags = []
     if options.version_compatible:
-        # whoever loads it brings a full runtime: a copy of the lean one inside would only make it larger
-        flags += ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
+        flags.append("VERSION_COMPATIBLE")
     if options.refit is not None:
         flags.append({"all": "REFIT", "identical": "REFIT_IDENTICAL"}[options.refit])
     if options.strip:

@@ -11,7 +11,7 @@ from torch import Tensor
 from trexport.backends.base import Device, EngineFile, Runner, Step
 from trexport.backends.trt.log import quiet_logger
 from trexport.errors import ArtifactError, RunError, UsageError
-from trexport.models.unet import DTYPES, spread_timestep
+from trexport.models.unet import DTYPES, sizes_of, spread_timestep
 
 _WARM_UP = 3
 
@@ -38,6 +38,8 @@ class TensorRtRunner(Runner):
             raise UsageError(f"{source.path}: built without its weights; put them in with trexport refit --onnx")
         self._logger = quiet_logger(trt)
         self._runtime: Any = trt.Runtime(self._logger)
+        # an engine for newer versions brings a runtime of its own along, which is code
+        self._runtime.engine_host_code_allowed = "VERSION_COMPATIBLE" in source.record.settings["flags"]
         self._engine: Any = self._runtime.deserialize_cuda_engine(source.path.read_bytes())
         if self._engine is None:
             reason = self._logger.errors[0] if self._logger.errors else "it gives no reason"
@@ -108,7 +110,7 @@ class TensorRtRunner(Runner):
             for spec in self.spec.inputs
             if spec.name not in self._constants
         }
-        sizes = self._sizes(inputs)
+        sizes = sizes_of(self.spec, inputs)
         self._choose_profile(sizes)
         for name, tensor in {**inputs, **self._constants}.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
@@ -121,14 +123,6 @@ class TensorRtRunner(Runner):
         for name, tensor in outputs.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         return inputs, outputs
-
-    def _sizes(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for spec in self.spec.inputs:
-            if spec.name in inputs:
-                pairs = zip(spec.axes, inputs[spec.name].shape, strict=True)
-                sizes |= {axis: size for axis, size in pairs if isinstance(axis, str)}
-        return sizes
 
     def _choose_profile(self, sizes: Mapping[str, int]) -> None:
         profiles = self._record.profiles

@@ -96,8 +96,11 @@ class AdapterServer:
         io = {tensor.name: tensor for tensor in session.spec.inputs}
         bank = factored_of(session.artifact).bank if manifest.factored is not None else None
         size = io["sample"].axes[0]
-        self._fixed = size if isinstance(size, int) else None
-        limits = Limits(self._fixed or max_batch, bank, timesteps=bool(io["timestep"].axes))
+        fixed = size if isinstance(size, int) else None
+        # what lacks in a batch is filled up to the least that the model takes
+        profiles = session.artifact.engine_record.profiles if manifest.kind == "engine" else ()
+        self._least = fixed or min((profile.min["batch_size"] for profile in profiles), default=1)
+        limits = Limits(fixed or max_batch, bank, timesteps=bool(io["timestep"].axes))
         self._limits = limits
         self._signatures: dict[str, Signature] = {}
         self._active: Choice | None = ()
@@ -174,7 +177,7 @@ class AdapterServer:
             outputs[id(row)] = {name: tensor[index] for name, tensor in found.items()}
 
     def _run(self, run: Sequence[Row]) -> dict[str, Tensor]:
-        filled = [*run, *[run[-1]] * (self._fixed - len(run))] if self._fixed is not None else list(run)
+        filled = [*run, *[run[-1]] * (self._least - len(run))]
         feeds = feeds_of(filled)
         if not self._limits.timesteps:
             feeds["timestep"] = feeds["timestep"][0]

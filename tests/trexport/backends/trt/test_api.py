@@ -63,7 +63,7 @@ def test_the_names_are_found() -> None:
 def test_enumerations() -> None:
     """Members that are looked up by a string."""
     module: Any = importlib.import_module("tensorrt_rtx")
-    flags = {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "REFIT", "REFIT_IDENTICAL", "STRIP_PLAN"}
+    flags = {"VERSION_COMPATIBLE", "REFIT", "REFIT_IDENTICAL", "STRIP_PLAN"}
     assert flags <= set(module.BuilderFlag.__members__)
     assert {"AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"} <= set(module.HardwareCompatibilityLevel.__members__)
     assert "INCLUDE_REFIT" in module.SerializationFlag.__members__

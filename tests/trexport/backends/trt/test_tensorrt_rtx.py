@@ -45,7 +45,7 @@ def test_the_artifact(merged: Artifact, onnx_artifact: Artifact) -> None:
     assert (manifest.kind, manifest.form, manifest.target_gpu) == ("engine", "merged", "sm86, sm89")
     assert manifest.base == onnx_artifact.manifest.base
     assert manifest.adapters == onnx_artifact.manifest.adapters
-    assert manifest.io == onnx_artifact.manifest.io
+    assert manifest.io == onnx_artifact.manifest.io  # the two profiles have no size in common
     assert record.backend == "tensorrt-rtx"
     assert record.runtime == {"tensorrt_rtx": RTX.availability("cpu").version}
     assert [str(profile) for profile in record.profiles] == ["1x8x8x5,2x8x8x5,4x16x16x9", "8x16x16x77"]
@@ -120,7 +120,13 @@ def test_what_needs_a_gpu_is_said_before_anything_is_built(options: dict[str, ob
 
 
 @pytest.mark.parametrize(
-    "options", [{"timing_cache": Path("x")}, {"hardware_compatible": "ampere-plus"}, {"optimization_level": 3}]
+    "options",
+    [
+        {"timing_cache": Path("x")},
+        {"hardware_compatible": "ampere-plus"},
+        {"optimization_level": 3},
+        {"version_compatible": True},
+    ],
 )
 def test_what_it_has_no_notion_of(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="tensorrt-rtx"):
@@ -209,9 +215,9 @@ def test_command_line(onnx_artifact: Artifact, tmp_path: Path, capfd: pytest.Cap
     assert run_cli([*arguments, "--profile", "1x8x8x5,2x8x8x5,4x8x8x5", "--dry-run"]) == 0
     assert "1x8x8x5,2x8x8x5,4x8x8x5" in capfd.readouterr().out
     assert leftovers(tmp_path) == []
-    assert run_cli([*arguments, "--profile", "1x8x8x5,2x8x8x5,4x8x8x5", "--version-compatible", "--json"]) == 0
+    assert run_cli([*arguments, "--profile", "1x8x8x5,2x8x8x5,4x8x8x5", "--workspace", "4G", "--json"]) == 0
     fields = json.loads(capfd.readouterr().out)
-    assert fields["engine"]["settings"]["flags"] == ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
+    assert fields["engine"]["settings"]["workspace_bytes"] == 4 << 30
     assert fields["engine"]["targets"] == ["sm89", "sm120"]
     assert run_cli([*arguments]) == 1  # it is there already
     assert run_cli(["engine", out, "-o", tmp_path / "again", "--backend", "tensorrt-rtx"]) == 2
