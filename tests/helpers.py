@@ -89,13 +89,34 @@ def cayley_oracle(skew: Array) -> Array:
 
 
 def weight_oracle(weight: Tensor, adapters: Sequence[tuple[LayerAdapter, float]]) -> Array:
-    """`W0·(I + Σ s_k (T_k − I)) + Σ s_k Δ_k` from the dense members, in NumPy."""
+    """`W0 + Σ s_k (diag(gain_k)·(W0·T_k + Δ_k) − W0)` from the dense members, in NumPy."""
     w0 = weight.detach().double().numpy()
-    turn, delta = np.eye(w0.shape[1]), np.zeros_like(w0)
+    result = w0.copy()
     for adapter, strength in adapters:
-        turn += strength * (adapter.transform.matrix().detach().double().numpy() - np.eye(w0.shape[1]))
-        delta += strength * adapter.residual.delta().detach().double().numpy()
-    return w0 @ turn + delta
+        whole = w0 @ adapter.transform.matrix().detach().double().numpy()
+        whole = whole + adapter.residual.delta().detach().double().numpy()
+        result += strength * (gain_oracle(adapter, whole)[:, None] * whole - w0)
+    return result
+
+
+def bias_oracle(bias: Tensor, adapters: Sequence[tuple[LayerAdapter, float]]) -> Array:
+    """`b + Σ s_k (gain_k − 1)·b` over the adapters that scale the bias."""
+    b = bias.detach().double().numpy()
+    result = b.copy()
+    for adapter, strength in adapters:
+        if adapter.spec.magnitude.to_dict().get("bias"):
+            result += strength * (gain_oracle(adapter, None) - 1) * b
+    return result
+
+
+def gain_oracle(adapter: LayerAdapter, whole: Array | None) -> Array:
+    """The gains, row by row, of a magnitude on the weight `W0·T + Δ`."""
+    tensors = {name: tensor.detach().double().numpy() for name, tensor in adapter.magnitude.named_parameters()}
+    kind = adapter.spec.magnitude.type
+    if kind == "norm":
+        assert whole is not None
+        return np.array([m / math.sqrt(sum(w * w for w in row)) for m, row in zip(tensors["norm"], whole, strict=True)])
+    return tensors["scale"] if kind == "scale" else np.ones(adapter.out_features)
 
 
 # --- random rings ------------------------------------------------------------------------------------------------------
@@ -199,6 +220,10 @@ TRANSFORMS = [
     Member({"type": "tensor_ring", "order": 1, "rank": 2, "modes": None}, parameters=45 * 45 * 4),
     Member({"type": "tensor_ring", "order": 2, "rank": [2, 3], "modes": [9, 5]}, False, False, 106 * 6),
     Member({"type": "tensor_ring", "order": 3, "rank": 2, "modes": None}, parameters=(9 + 9 + 25) * 4),
+    Member({"type": "block_orthogonal", "block_size": 5, "neumann_terms": 5}, parameters=9 * 10),
+    Member({"type": "block_orthogonal", "block_size": 9, "shared": True}, parameters=36),
+    Member({"type": "butterfly", "block_size": 5, "factors": 1}, parameters=9 * 10),
+    Member({"type": "householder", "rank": 4}, False, False, 4 * 45),
     Member({"type": "tensor_ring", "order": 3, "rank": [2, 8, 2], "modes": [5, 3, 3]}, True, False, 544 + 36),
     Member(
         {"type": "tensor_ring", "order": 4, "rank": [2, 3, 1, 4], "modes": [3, 1, 5, 3]},
@@ -218,6 +243,13 @@ RESIDUALS = [
         {"type": "tensor_ring", "order": 2, "rank": 3, "modes": {"row": [7, 4], "column": [5, 9]}}, parameters=25 * 9
     ),
     Member({"type": "tensor_ring", "order": 3, "rank": 2, "modes": None}, parameters=4 * (2 + 2 + 7 + 3 + 3 + 5)),
+    Member({"type": "hadamard", "rank": 3, "alpha": 2.0, "kernel": None}, parameters=2 * 3 * (IN + OUT)),
+    Member({"type": "hadamard", "rank": 2, "alpha": None, "kernel": [1, 3]}, parameters=4 * (28 + 15) + 2 * 12),
+    Member({"type": "kronecker", "rank": None, "alpha": None, "modes": None, "both": False}, parameters=2 * 5 + 14 * 9),
+    Member(
+        {"type": "kronecker", "rank": 2, "alpha": 5.0, "modes": {"row": [7, 4], "column": [5, 9]}, "both": True},
+        parameters=2 * (7 + 5 + 4 + 9),
+    ),
     Member(
         {
             "type": "tensor_ring",
@@ -230,16 +262,33 @@ RESIDUALS = [
 ]
 """Every registered residual, in the shapes that could go wrong."""
 
+MAGNITUDES = [
+    Member({"type": "none"}),
+    Member({"type": "norm"}, parameters=OUT),
+    Member({"type": "scale", "bias": False}, parameters=OUT),
+    Member({"type": "scale", "bias": True}, parameters=OUT),
+]
+"""Every registered magnitude."""
 
-def spec_of(transform: Member | None = None, residual: Member | None = None) -> AdapterSpec:
-    """The adapter spec of two members; None is the trivial one."""
-    parts = {"transform": transform, "residual": residual}
+
+def spec_of(
+    transform: Member | None = None, residual: Member | None = None, magnitude: Member | None = None
+) -> AdapterSpec:
+    """The adapter spec of some members; None is the trivial one."""
+    parts = {"transform": transform, "residual": residual, "magnitude": magnitude}
     return AdapterSpec.from_dict({part: member.fields for part, member in parts.items() if member is not None})
 
 
-def adapter_of(transform: Member | None = None, residual: Member | None = None, seed: int = 0) -> LayerAdapter:
+def adapter_of(
+    transform: Member | None = None,
+    residual: Member | None = None,
+    seed: int = 0,
+    magnitude: Member | None = None,
+    weight: Tensor | None = None,
+) -> LayerAdapter:
     """The adapter `IN → OUT` at its start, float32."""
-    return LayerAdapter.from_spec(spec_of(transform, residual), IN, OUT, torch.Generator().manual_seed(seed))
+    spec = spec_of(transform, residual, magnitude)
+    return LayerAdapter.from_spec(spec, IN, OUT, torch.Generator().manual_seed(seed), weight)
 
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

@@ -95,14 +95,15 @@ Rule = Callable[[list[Import]], list[Import]]
 # From the ground up. A part imports parts of lower storeys only: neither those above it nor its neighbours.
 TRLORA_STOREYS = [
     {"errors"},
-    {"files", "fields", "tensors"},
+    {"files", "fields", "tensors", "cayley", "tucker"},
     {"ring"},
-    {"transforms", "residuals"},
+    {"transforms", "residuals", "magnitudes"},
     {"spec"},
-    {"layers"},
+    {"layers", "config"},
     {"targets"},
     {"inject"},
-    {"merge", "checkpoint"},
+    {"merge", "adapter"},
+    {"checkpoint"},
     {"training"},
     {""},  # the front door, for users: no part comes in through it
 ]
@@ -164,13 +165,14 @@ def the_ring_is_pure(imports: list[Import]) -> list[Import]:
 
 
 def members_are_apart(imports: list[Import]) -> list[Import]:
-    """Transforms and residuals never import each other, and no member another one."""
+    """Transforms, residuals and magnitudes never import each other, and no member another one."""
+    families = ("transforms", "residuals", "magnitudes")
     violations = []
     for item in imports:
         kind, other = part_of(item.importer), part_of(item.target)
-        if {kind, other} == {"transforms", "residuals"}:
+        if kind != other and kind in families and other in families:
             violations.append(item)
-        elif kind == other and kind in ("transforms", "residuals") and item.importer != f"trlora.{kind}":
+        elif kind == other and kind in families and item.importer != f"trlora.{kind}":
             violations += [item] if item.target != f"trlora.{kind}.base" else []
     return violations
 

@@ -32,9 +32,9 @@ class _Shapes:
     """The layers of an exported graph, in a base's stead."""
 
     name: str
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return self.shapes
 
 
@@ -124,15 +124,15 @@ def open_for(artifact: Artifact, adapters: Sequence[str]) -> list[BoundAdapter]:
     return bound
 
 
-def layer_shapes(artifact: Artifact) -> dict[str, tuple[int, int]]:
-    """The linear layers of an artifact's graph, module path → (out_features, in_features); of an engine, those that
+def layer_shapes(artifact: Artifact) -> dict[str, tuple[int, ...]]:
+    """The weights of linear layers and convolutions in an artifact's graph, module path → shape; of an engine, those that
     adapters may be on."""
     if artifact.manifest.kind == "engine":
         return dict(artifact.engine_record.layers)
     return {
-        initializer.name.removesuffix(".weight"): (int(initializer.dims[0]), int(initializer.dims[1]))
+        initializer.name.removesuffix(".weight"): tuple(initializer.dims)
         for initializer in load_graph(artifact.onnx_path).graph.initializer
-        if initializer.name.endswith(".weight") and len(initializer.dims) == 2
+        if initializer.name.endswith(".weight") and len(initializer.dims) in (2, 4)
     }
 
 

@@ -94,12 +94,12 @@ def build_engine(
         _copy_pipeline(artifact, folder)
         if manifest.swappable is not None:
             safetensors.torch.save_file(pristine_weights(artifact), unet / ADAPTED_NAME)
-        layers: dict[str, tuple[int, int]] = {}
+        layers: dict[str, tuple[int, ...]] = {}
         if takes_adapters:
             shapes = layer_shapes(artifact)
             layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
         elif options.refit is not None:  # what a refit has to set back
-            shapes = base.linear_shapes()
+            shapes = base.weight_shapes()
             layers = {path: shapes[path] for path in layers_of(adapters)}
         fields = record.to_dict() | {"file": f"{UNET_FOLDER}/{record.file}"}
         fields["layers"] = {path: list(shape) for path, shape in layers.items()}

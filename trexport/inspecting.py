@@ -21,7 +21,8 @@ from trexport.models.adapters import adapter_path
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
 from trlora import Adapter, load_adapter
-from trlora.checkpoint import CONFIG_NAME, FORMAT, WEIGHTS_NAME
+from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from trlora.config import FORMAT
 
 
 @final
@@ -133,7 +134,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
         "sample_size": base.config.get("sample_size"),
         "cross_attention_dim": base.config.get("cross_attention_dim"),
         "block_out_channels": base.config.get("block_out_channels"),
-        "linear_layers": len(base.linear_shapes()),
+        "linear_layers": sum(len(shape) == 2 for shape in base.weight_shapes().values()),
         "content_hash": base.content_hash(progress),
     }
     rows = [(entry.name, entry.dtype, "×".join(map(str, entry.shape)), entry.size_bytes) for entry in entries]

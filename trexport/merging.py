@@ -25,7 +25,7 @@ from trexport.models.unet import layers_of
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
 from trexport.models.writer import SafetensorsWriter, bytes_of
 from trexport.progress import SILENT, Progress
-from trlora import LayerAdapter, LayerMerge, MergeReport, merge_layer
+from trlora import LayerAdapter, LayerMerge, MergeReport, adapted_bias, merge_layer
 from trlora.files import atomic_folder, check_free
 
 _AHEAD = 32
@@ -100,6 +100,9 @@ def merge(
                         tensor, record = next(merged)
                         records.append(record)
                         digest = None
+                    elif source.name.endswith(".bias"):
+                        scaled = _merged_bias(tensor, layers.get(source.name.removesuffix(".bias"), []))
+                        tensor, digest = (tensor, digest) if scaled is None else (scaled, None)
                     if tensor.dtype != TORCH_DTYPES[target.dtype]:
                         tensor = tensor.to(TORCH_DTYPES[target.dtype])
                         digest = None
@@ -141,6 +144,14 @@ def _target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:
 def _layer_of(name: str) -> str:
     """The module path of a weight's name; something no module is called for any other parameter."""
     return name.removesuffix(".weight") if name.endswith(".weight") else ""
+
+
+def _merged_bias(bias: Tensor, adapters: list[tuple[LayerAdapter, float]]) -> Tensor | None:
+    """The bias with adapters, in float32; None where none scales it."""
+    wide = bias.float()
+    with torch.no_grad():
+        merged = adapted_bias(wide, adapters)
+    return None if merged is wide else merged
 
 
 def _merged_ahead(

@@ -109,7 +109,7 @@ def refit_engine(
     with atomic_folder(out, overwrite=overwrite) as folder:
         shutil.copytree(artifact.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         (folder / record.file).write_bytes(data)
-        shapes = base.linear_shapes()
+        shapes = base.weight_shapes()
         layers = {path: shapes[path] for path in layers_of(adapters)} if "REFIT" in flags else record.layers
         now = replace(record, layers=layers, settings={**record.settings, "strip": False})
         adapters_now = tuple(a.record() for a in adapters) if "REFIT" in flags else artifact.manifest.adapters

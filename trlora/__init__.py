@@ -3,12 +3,13 @@
 Needs torch and safetensors only.
 """
 
-from trlora.checkpoint import Adapter as Adapter
-from trlora.checkpoint import AdapterConfig as AdapterConfig
-from trlora.checkpoint import BaseModel as BaseModel
-from trlora.checkpoint import adapter_from_model as adapter_from_model
+from trlora.adapter import Adapter as Adapter
+from trlora.adapter import LayerParts as LayerParts
+from trlora.adapter import adapter_from_model as adapter_from_model
 from trlora.checkpoint import load_adapter as load_adapter
 from trlora.checkpoint import save_adapter as save_adapter
+from trlora.config import AdapterConfig as AdapterConfig
+from trlora.config import BaseModel as BaseModel
 from trlora.errors import CheckpointError as CheckpointError
 from trlora.errors import ShapeError as ShapeError
 from trlora.errors import SpecError as SpecError
@@ -20,8 +21,11 @@ from trlora.inject import inject_ as inject_
 from trlora.inject import remove_ as remove_
 from trlora.inject import set_strengths_ as set_strengths_
 from trlora.inject import shapes_of as shapes_of
+from trlora.layers import AdaptedConv2d as AdaptedConv2d
+from trlora.layers import AdaptedLayer as AdaptedLayer
 from trlora.layers import AdaptedLinear as AdaptedLinear
 from trlora.layers import LayerAdapter as LayerAdapter
+from trlora.layers import adapted_bias as adapted_bias
 from trlora.layers import adapted_weight as adapted_weight
 from trlora.layers import weight_change as weight_change
 from trlora.merge import LayerMerge as LayerMerge

@@ -24,6 +24,42 @@ def positive_int(kind: str, name: str, value: Any) -> int:
     return value
 
 
+def optional_int(kind: str, name: str, value: Any) -> int | None:
+    """None, or `positive_int`."""
+    return None if value is None else positive_int(kind, name, value)
+
+
+def boolean(kind: str, name: str, value: Any) -> bool:
+    """`value` as a bool, or `SpecError`."""
+    if not isinstance(value, bool):
+        raise SpecError(f"{kind}: {name} is {value!r}, expected true or false")
+    return value
+
+
+def alpha_of(kind: str, value: Any) -> float | None:
+    """None, or a number above 0: the scaling of a residual times its rank."""
+    if value is not None and finite_number(kind, "alpha", value) <= 0:
+        raise SpecError(f"{kind}: alpha is {value!r}, expected null or a number above 0")
+    return value
+
+
+def kernel_of(kind: str, value: Any) -> tuple[int, int] | None:
+    """None, or the height and width of a convolution's kernel."""
+    kernel = optional_ints(kind, "kernel", value)
+    if kernel is not None and len(kernel) != 2:
+        raise SpecError(f"{kind}: kernel is {value!r}, expected null or [height, width]")
+    return kernel and (kernel[0], kernel[1])
+
+
+def row_and_column(kind: str, modes: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """None, or the modes of the outputs and of the inputs from `{"row": […], "column": […]}`."""
+    if modes is None:
+        return None
+    if not isinstance(modes, Mapping) or set(modes) != {"row", "column"}:
+        raise SpecError(f'{kind}: modes is {modes!r}, expected null or {{"row": […], "column": […]}}')
+    return positive_ints(kind, "modes.row", modes["row"]), positive_ints(kind, "modes.column", modes["column"])
+
+
 def positive_ints(kind: str, name: str, value: Any) -> tuple[int, ...]:
     """`value` as a tuple of ints of at least 1, or `SpecError`."""
     if not isinstance(value, (list, tuple)) or not value:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trlora.errors import TargetError, nearest
-from trlora.layers import AdaptedLinear, LayerAdapter
+from trlora.layers import ADAPTABLE, AdaptedLayer, LayerAdapter, adapted
 from trlora.spec import AdapterSpec
 from trlora.targets import Targets, find_targets, modules_of
 
@@ -26,7 +26,7 @@ def inject_(
     """Give every target a new adapter at its start, and freeze everything else in the model.
 
     Args:
-        model: any model with `nn.Linear` modules.
+        model: any model with `nn.Linear` or `nn.Conv2d` modules.
         spec: what each adapter is.
         targets: see `trlora.targets.find_targets`.
         overrides: another spec for some module paths.
@@ -47,8 +47,8 @@ def inject_(
             raise TargetError(f"the override for {path!r} names no target{nearest(path, found)}")
     generator = torch.Generator().manual_seed(seed)
     adapters = {
-        path: LayerAdapter.from_spec(overrides.get(path, spec), base.in_features, base.out_features, generator)
-        for path, base in found.items()
+        path: LayerAdapter.from_spec(overrides.get(path, spec), weight.shape[1], weight.shape[0], generator, weight)
+        for path, weight in ((path, base.weight.detach().flatten(1)) for path, base in found.items())
     }
     model.requires_grad_(False)
     attach_(model, adapters, name=name, strength=strength)
@@ -64,23 +64,24 @@ def attach_(
     `attach_(model, adapter.bind(shapes_of(model)), strength=adapter.config.strength)`.
 
     Raises:
-        TargetError: a path names no `nn.Linear`, or the adapter's name is taken. Nothing is attached then.
+        TargetError: a path names neither `nn.Linear` nor `nn.Conv2d`, or the adapter's name is taken. Nothing is attached
+            then.
         ShapeError: an adapter does not fit its layer. Nothing is attached then.
     """
-    wrapped: dict[str, AdaptedLinear] = {}
+    wrapped: dict[str, AdaptedLayer] = {}
     known = modules_of(model)
-    added: list[AdaptedLinear] = []
+    added: list[AdaptedLayer] = []
     try:
         for path, adapter in adapters.items():
             module = known.get(path)
             if module is None:
                 raise TargetError(f"no module {path!r} in {type(model).__name__}{nearest(path, known)}")
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, AdaptedLayer):
                 layer = module
-            elif isinstance(module, nn.Linear):
-                layer = wrapped[path] = AdaptedLinear(module)
+            elif isinstance(module, ADAPTABLE):
+                layer = wrapped[path] = adapted(module)
             else:
-                raise TargetError(f"{path} is a {type(module).__name__}, expected an nn.Linear")
+                raise TargetError(f"{path} is a {type(module).__name__}, expected an nn.Linear or nn.Conv2d")
             layer.add(name, adapter, strength)
             added.append(layer)
     except Exception:
@@ -103,9 +104,9 @@ def remove_(model: nn.Module) -> list[str]:
     return list(layers)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
 def set_strengths_(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -124,12 +125,13 @@ def set_strengths_(model: nn.Module, strengths: Mapping[str, float]) -> None:
                 layer.set_strength(name, strength)
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear layers of a model, adapted or not: path → (out_features, in_features)."""
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The weights of a model's linear layers, (out, in), and convolutions, (out, in/groups, height, width), adapted or not,
+    by module path."""
     return {
-        path: (module.out_features, module.in_features)
+        path: tuple(module.weight.shape)
         for path, module in modules_of(model).items()
-        if isinstance(module, (nn.Linear, AdaptedLinear))
+        if isinstance(module, (*ADAPTABLE, AdaptedLayer))
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trlora.errors import TargetError
 from trlora.inject import adapted_modules, remove_
-from trlora.layers import LayerAdapter, weight_change
+from trlora.layers import LayerAdapter, adapted_bias, weight_change
 
 
 @final
@@ -59,11 +59,11 @@ def merge_layer(
 
     Args:
         path: the layer's path, for the record.
-        weight: W0, (out, in).
+        weight: W0, (out, in), or of a convolution (out, in/groups, height, width).
         adapters: pairs of adapter and strength.
 
     Returns:
-        (out, in) in `compute_dtype`, or `weight` itself where nothing changes: cast it once, where it goes.
+        Its shape in `compute_dtype`, or `weight` itself where nothing changes: cast it once, where it goes.
     """
     start = time.perf_counter()
     with torch.no_grad():
@@ -78,9 +78,10 @@ def merge_layer(
 
 
 def merge_(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> MergeReport:
-    """Fold every adapter, at its strength, into the weight it is on, and take the adapters out.
+    """Fold every adapter, at its strength, into the weight it is on, and into the bias where it scales that, and take the
+    adapters out.
 
-    Each weight is computed in `compute_dtype` and cast once to its own dtype.
+    Each is computed in `compute_dtype` and cast once to its own dtype.
 
     Raises:
         TargetError: the model has no adapters.
@@ -93,6 +94,8 @@ def merge_(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> Merg
         merged, record = merge_layer(path, layer.weight.data, layer.active(), compute_dtype)
         with torch.no_grad():
             layer.weight.copy_(merged)
+            if layer.bias is not None:
+                layer.bias.copy_(adapted_bias(layer.bias, layer.active(), compute_dtype))
         records.append(record)
     remove_(model)
     return MergeReport(tuple(records))

@@ -1,22 +1,26 @@
-"""What an adapter is, before any layer is known: a transform and a residual, each described by its own spec."""
+"""What an adapter is, before any layer is known: a transform, a residual and a magnitude, each described by its own spec."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, final
 
 from trlora.errors import SpecError, nearest
+from trlora.magnitudes import MAGNITUDES, MagnitudeSpec, NoMagnitudeSpec
 from trlora.residuals import RESIDUALS, NoResidualSpec, ResidualSpec
 from trlora.transforms import TRANSFORMS, IdentityTransformSpec, TransformSpec
 
-_Spec = TypeVar("_Spec", TransformSpec, ResidualSpec)
+_Spec = TypeVar("_Spec", TransformSpec, ResidualSpec, MagnitudeSpec)
+
+PARTS = ("transform", "residual", "magnitude")
+"""The parts of an adapter, as checkpoints name them."""
 
 
 @final
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter's shape-independent description, `W' = W0·T + Δ`.
+    """One adapter's shape-independent description, `W' = diag(gain)·(W0·T + Δ)`; the gain is one without a magnitude.
 
     >>> AdapterSpec.from_dict({"residual": {"type": "low_rank", "rank": 4}}).to_dict()["transform"]
     {'type': 'identity'}
@@ -24,25 +28,31 @@ class AdapterSpec:
 
     transform: TransformSpec
     residual: ResidualSpec
+    magnitude: MagnitudeSpec = field(default_factory=NoMagnitudeSpec)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """From `{"transform": {"type": …, …}, "residual": {"type": …, …}}`; a part left out is the trivial one.
+        """From `{"transform": {"type": …, …}, "residual": {"type": …, …}, "magnitude": {"type": …, …}}`; a part left out is
+        the trivial one.
 
         Raises:
             SpecError: an unknown part, type or field, or a wrong value.
         """
         for name in fields:
-            if name not in ("transform", "residual"):
-                raise SpecError(f"adapter: unknown part {name!r}, expected 'transform' and 'residual'")
+            if name not in PARTS:
+                raise SpecError(f"adapter: unknown part {name!r}, expected 'transform', 'residual' and 'magnitude'")
         return cls(
             transform=_read("transform", fields.get("transform", IdentityTransformSpec().to_dict()), TRANSFORMS),
             residual=_read("residual", fields.get("residual", NoResidualSpec().to_dict()), RESIDUALS),
+            magnitude=_read("magnitude", fields.get("magnitude", NoMagnitudeSpec().to_dict()), MAGNITUDES),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object that `from_dict` reads."""
-        return {"transform": self.transform.to_dict(), "residual": self.residual.to_dict()}
+        """The JSON object that `from_dict` reads; a magnitude is in it only where there is one."""
+        fields = {"transform": self.transform.to_dict(), "residual": self.residual.to_dict()}
+        if not isinstance(self.magnitude, NoMagnitudeSpec):
+            fields["magnitude"] = self.magnitude.to_dict()
+        return fields
 
 
 def _read(part: str, fields: Any, registry: Mapping[str, type[_Spec]]) -> _Spec:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from trlora.errors import TargetError, nearest
-from trlora.layers import AdaptedLinear
+from trlora.layers import ADAPTABLE, AdaptedLayer
 
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """A preset's name, a regular expression for the whole path, a list of paths, or a predicate on (path, module)."""
@@ -18,21 +18,24 @@ PRESETS: dict[str, str] = {
     "attention": r".*transformer_blocks\.\d+\.attn\d+\.(to_q|to_k|to_v|to_out\.0)",
     # the feed-forward layers as well
     "transformer": r".*transformer_blocks\.\d+\.(attn\d+\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
+    # the convolutions of the residual blocks and between the resolutions
+    "convolutions": r".*(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)",
 }
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by path, without those inside its adapted layers."""
     modules = dict(model.named_modules())
-    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, AdaptedLinear))
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, AdaptedLayer))
     return {path: module for path, module in modules.items() if not path.startswith(inside)}
 
 
-def find_targets(model: nn.Module, targets: Targets = "attention") -> dict[str, nn.Linear]:
-    """The `nn.Linear` modules that `targets` chooses, by path, in the model's order.
+def find_targets(model: nn.Module, targets: Targets = "attention") -> dict[str, nn.Linear | nn.Conv2d]:
+    """The `nn.Linear` and `nn.Conv2d` modules that `targets` chooses, by path, in the model's order.
 
     Raises:
-        TargetError: nothing is chosen, a listed path does not exist, or a chosen module is no `nn.Linear`.
+        TargetError: nothing is chosen, a listed path does not exist, or a chosen module is
+            neither `nn.Linear` nor `nn.Conv2d`.
     """
     modules = {path: module for path, module in modules_of(model).items() if path}
     if callable(targets):
@@ -47,12 +50,12 @@ def find_targets(model: nn.Module, targets: Targets = "attention") -> dict[str, 
                 raise TargetError(f"no module {path!r} in {type(model).__name__}{nearest(path, modules)}")
     if not chosen:
         raise TargetError(f"targets {targets!r} choose no module of {type(model).__name__}; presets: {sorted(PRESETS)}")
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
     for path in chosen:
         module = modules[path]
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLayer):
             raise TargetError(f"{path} has an adapter already; use attach_ to add another, or remove_ first")
-        if not isinstance(module, nn.Linear):
-            raise TargetError(f"{path} is a {type(module).__name__}, expected an nn.Linear")
+        if not isinstance(module, ADAPTABLE):
+            raise TargetError(f"{path} is a {type(module).__name__}, expected an nn.Linear or nn.Conv2d")
         found[path] = module
     return found

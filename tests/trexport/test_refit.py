@@ -95,7 +95,7 @@ def refittable(tmp_path_factory: pytest.TempPathFactory, half_artifact: Artifact
     build_engine(half_artifact, base, adapters, out, engine_backend_of("tensorrt-rtx"), options)
     manifest = Manifest.read(out)
     assert manifest.engine is not None
-    layers = {path: list(base.linear_shapes()[path]) for path in adapters[0].layers}
+    layers = {path: list(base.weight_shapes()[path]) for path in adapters[0].layers}
     settings = manifest.engine["settings"] | {"flags": ["REFIT"]}
     replace(manifest, engine={**manifest.engine, "settings": settings, "layers": layers}).write(out)
     return open_artifact(out)

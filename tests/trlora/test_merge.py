@@ -212,7 +212,7 @@ def test_one_layer_may_be_merged_alone() -> None:
     """The merged weight comes in the compute dtype, the base keeps its bits."""
     base = half_layer(torch.bfloat16)
     before = bits(base.weight)
-    adapter = trained(adapter_of(TRANSFORMS[7], RESIDUALS[6])).float()
+    adapter = trained(adapter_of(TRANSFORMS[-2], RESIDUALS[-1])).float()
     merged, record = merge_layer(f"{BLOCK}.x", base.weight, [(adapter, -0.5)])
     assert merged.dtype == torch.float32
     assert not merged.requires_grad

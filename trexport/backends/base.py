@@ -67,8 +67,8 @@ class EngineRecord:
     profiles: tuple[Profile, ...]
     settings: Mapping[str, Any]
     """What the builder was told, by its own names."""
-    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Adapted layer → (out_features, in_features), where adapters may come and go."""
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Adapted layer → shape of its weight, where adapters may come and go."""
 
     @property
     def device(self) -> Device:
@@ -96,7 +96,7 @@ class EngineRecord:
             targets=tuple(fields["targets"]),
             profiles=tuple(Profile.from_dict(entry) for entry in fields["profiles"]),
             settings=fields["settings"],
-            layers={path: (shape[0], shape[1]) for path, shape in fields["layers"].items()},
+            layers={path: tuple(shape) for path, shape in fields["layers"].items()},
         )
 
 

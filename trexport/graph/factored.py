@@ -74,7 +74,7 @@ def plan_factored(
         optimum: sizes of all free axes.
 
     Raises:
-        UsageError: no adapter given, more than a bank holds, or an unknown `plan_for`.
+        UsageError: no adapter given, more than a bank holds, an unknown `plan_for`, or adapters on convolutions.
         ArtifactError: adapters that cannot share a bank.
     """
     if not adapters:
@@ -85,15 +85,22 @@ def plan_factored(
         raise UsageError(f"{len(adapters)} adapters given for a bank of {options.bank}; give --bank {len(adapters)}")
     given = [adapter.layers for adapter in adapters]
     slots = slots_for(given) if options.bank is None else [joined_slot(given)]
-    shapes = base.linear_shapes()
+    shapes = base.weight_shapes()
     paths = [path for path in shapes if any(path in slot.layers for slot in slots)]
+    convolutions = [path for path in paths if len(shapes[path]) != 2]
+    if convolutions:
+        raise UsageError(
+            f"{len(convolutions)} adapted layers are convolutions ({convolutions[0]} the first), which no graph keeps "
+            "factored: export merged, or --swappable"
+        )
     rows = rows_of_layers(base, optimum, paths)
     model = COST_MODELS[options.plan_for]
     plan = {}
     for path in paths:
         on_layer = [slot.layers[path] for slot in slots if path in slot.layers]
         samples = 1 if options.bank is None else optimum["batch_size"]
-        plan[path] = plan_layer(on_layer, shapes[path], rows[path], model, options.path, samples)
+        out_features, in_features = shapes[path]
+        plan[path] = plan_layer(on_layer, (out_features, in_features), rows[path], model, options.path, samples)
     return Factored(slots, plan, dict(optimum), options.plan_for, options.blank, options.bank)
 
 

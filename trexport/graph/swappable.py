@@ -81,12 +81,12 @@ def save_merge_model(unet: Path, slot: Slot, dtype: Dtype, opset: int) -> Path:
     for path, layer in slot.layers.items():
         stored = model.graph.initializers[f"{path}.weight"].const_value
         assert stored is not None
-        rows, columns = stored.numpy().shape
+        weight_shape = tuple(stored.shape.numpy())
         weight = ir.Value(
-            name=f"{path}.weight", type=ir.TensorType(stored.dtype), shape=ir.Shape([rows, columns]), const_value=stored
+            name=f"{path}.weight", type=ir.TensorType(stored.dtype), shape=ir.Shape(weight_shape), const_value=stored
         )
         graph.initializers.add(weight)
-        signature = WeightSignature(layer, rows, columns, dtype)
+        signature = WeightSignature(layer, weight_shape, dtype)
         key = repr(signature)
         if key not in names:
             name, number = signature.name(), 2
@@ -100,7 +100,7 @@ def save_merge_model(unet: Path, slot: Slot, dtype: Dtype, opset: int) -> Path:
                 axes = ir.Shape([adapters, *shape])
                 values.append(ir.val(f"{slot.prefix}{path}.{part}.{leaf}", dtype=ir.DataType.FLOAT, shape=axes))
         graph.inputs.extend(values)
-        result = ir.val(merged_name(path), dtype=stored.dtype, shape=ir.Shape([rows, columns]))
+        result = ir.val(merged_name(path), dtype=stored.dtype, shape=ir.Shape(weight_shape))
         graph.append(ir.Node(DOMAIN, names[key], [weight, strength, *values], outputs=[result], name=path))
         graph.outputs.append(result)
     merge = ir.Model(graph, ir_version=model.ir_version, producer_name="trexport", functions=list(functions.values()))

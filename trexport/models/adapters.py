@@ -16,8 +16,7 @@ from trexport.errors import TrexportError, UsageError
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
 from trexport.models.base import sample_folder
-from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, load_adapter
-from trlora.checkpoint import LayerParts
+from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, LayerParts, load_adapter
 from trlora.errors import nearest
 from trlora.targets import PRESETS
 
@@ -30,8 +29,9 @@ class Layers(Protocol):
     @property
     def name(self) -> str: ...
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path → (out_features, in_features)."""
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the layers that adapters may be on, module path → (out, in), or of a convolution
+        (out, in/groups, height, width)."""
         ...
 
 
@@ -74,7 +74,7 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
             adapter = load_adapter(path)
             digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
         chosen = adapter.config.strength if strength is None else strength
-        bound.append(BoundAdapter(name, adapter, adapter.bind(base.linear_shapes()), chosen, digest))
+        bound.append(BoundAdapter(name, adapter, adapter.bind(base.weight_shapes()), chosen, digest))
     return bound
 
 
@@ -139,9 +139,10 @@ def _random_adapter(name: str, base: Layers) -> Adapter:
     spec = AdapterSpec.from_dict(_RANDOM[kind][1](*map(int, ranks)))
     pattern = re.compile(PRESETS["attention"])
     layers: dict[str, LayerParts] = {}
-    for path, (rows, columns) in base.linear_shapes().items():
+    for path, shape in base.weight_shapes().items():
         if not pattern.fullmatch(path):
             continue
+        rows, columns = shape
         # a layer at a time, so that it depends on nothing but the names
         digest = hashlib.sha256(f"{name} {path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -149,11 +150,7 @@ def _random_adapter(name: str, base: Layers) -> Adapter:
         for parameter in layer.parameters():
             # as far from the start as training takes an adapter: a change of some percent of the weight
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
-        layers[path] = LayerParts(
-            spec,
-            None if layer.transform.trivial else layer.transform,
-            None if layer.residual.trivial else layer.residual,
-        )
+        layers[path] = LayerParts.of(layer)
     if not layers:
         raise UsageError(f"{name}: {base.name} has no attention projections to adapt")
     return Adapter(AdapterConfig(default=spec), layers, name)

@@ -47,12 +47,12 @@ class Base:
         """Every parameter and its shape."""
         return {entry.name: entry.shape for file in self.weights for entry in file.entries}
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """The two-dimensional weights, by module path: (out_features, in_features)."""
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The weights of linear layers, (out, in), and of convolutions, (out, in/groups, height, width), by module path."""
         return {
-            name.removesuffix(".weight"): (shape[0], shape[1])
+            name.removesuffix(".weight"): shape
             for name, shape in self.shapes().items()
-            if name.endswith(".weight") and len(shape) == 2
+            if name.endswith(".weight") and len(shape) in (2, 4)
         }
 
     @property

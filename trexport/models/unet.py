@@ -14,7 +14,7 @@ from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, 
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
-from trlora import LayerMerge, attach_, merge_layer
+from trlora import LayerMerge, adapted_bias, attach_, merge_layer
 from trlora.errors import nearest
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress:
     with progress.task("merge", len(layers)) as task:
         for path, pairs in layers.items():
             layer = model.get_submodule(path)
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
             merged, record = merge_layer(path, layer.weight.data, pairs)
             # a new tensor: the old one may be a file's memory
             layer.weight = nn.Parameter(merged.to(layer.weight.dtype), requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(adapted_bias(layer.bias.data, pairs), requires_grad=False)
             records.append(record)
             task.advance(1)
     return records

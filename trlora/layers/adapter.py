@@ -1,13 +1,14 @@
-"""The adapter of one layer: a transform of its input and a residual beside it."""
+"""The adapter of one layer: a transform of its input, a residual beside it, and a magnitude of its output."""
 
 from __future__ import annotations
 
 from typing import Self, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trlora.errors import ShapeError
+from trlora.magnitudes import AbstractMagnitude, NoMagnitude
 from trlora.residuals import AbstractResidual, NoResidual
 from trlora.spec import AdapterSpec
 from trlora.transforms import AbstractTransform, IdentityTransform
@@ -15,9 +16,17 @@ from trlora.transforms import AbstractTransform, IdentityTransform
 
 @final
 class LayerAdapter(nn.Module):
-    """T and Δ of one layer. Its `state_dict` keys are a checkpoint's keys less the layer's path."""
+    """T, Δ and gain of one layer, `W' = diag(gain)·(W0·T + Δ)`, W0 being the layer's weight as a matrix: of a convolution
+    (out, in/groups·height·width), flattened as torch does it. Its `state_dict` keys are a checkpoint's keys less the layer's
+    path."""
 
-    def __init__(self, spec: AdapterSpec, transform: AbstractTransform, residual: AbstractResidual) -> None:
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        transform: AbstractTransform,
+        residual: AbstractResidual,
+        magnitude: AbstractMagnitude | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         if transform.features != residual.in_features:
@@ -26,14 +35,29 @@ class LayerAdapter(nn.Module):
             )
         self.transform = transform
         self.residual = residual
+        self.magnitude = NoMagnitude(residual.out_features) if magnitude is None else magnitude
+        if self.magnitude.out_features != residual.out_features:
+            raise ShapeError(
+                f"the magnitude is for {self.magnitude.out_features} outputs, the residual for {residual.out_features}"
+            )
 
     @classmethod
     def from_spec(
-        cls, spec: AdapterSpec, in_features: int, out_features: int, generator: torch.Generator | None = None
+        cls,
+        spec: AdapterSpec,
+        in_features: int,
+        out_features: int,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
     ) -> Self:
-        """The adapter at its start, where the adapted layer is the base layer."""
+        """The adapter at its start, where the adapted layer is the base layer.
+
+        Args:
+            weight: W0 as a matrix, (out_features, in_features); some magnitudes start from it.
+        """
         transform = spec.transform.build(in_features, generator)
-        return cls(spec, transform, spec.residual.build(in_features, out_features, generator))
+        residual = spec.residual.build(in_features, out_features, generator)
+        return cls(spec, transform, residual, spec.magnitude.build(out_features, weight))
 
     @classmethod
     def from_parts(
@@ -43,9 +67,14 @@ class LayerAdapter(nn.Module):
         residual: AbstractResidual | None,
         in_features: int,
         out_features: int,
+        magnitude: AbstractMagnitude | None = None,
     ) -> Self:
         """From the parts that a checkpoint holds; a part without tensors (None) becomes the trivial member."""
-        return cls(spec, transform or IdentityTransform(in_features), residual or NoResidual(in_features, out_features))
+        transform, residual = (
+            transform or IdentityTransform(in_features),
+            residual or NoResidual(in_features, out_features),
+        )
+        return cls(spec, transform, residual, magnitude)
 
     @property
     def in_features(self) -> int:
@@ -59,3 +88,42 @@ class LayerAdapter(nn.Module):
     def dtype(self) -> torch.dtype | None:
         """The dtype of the parameters, None for an adapter without any."""
         return next((parameter.dtype for parameter in self.parameters()), None)
+
+    def change(self, weight: Tensor) -> Tensor | None:
+        """`diag(gain)·(W0·T + Δ) − W0`, a new tensor; None where no part changes anything.
+
+        Args:
+            weight: W0 as a matrix. T, Δ and gain are computed in the dtype and on the device of the parameters, sums in the
+                weight's.
+        """
+        change = self._inner_change(weight)
+        if self.magnitude.trivial:
+            return change
+        whole = weight if change is None else weight + change
+        gain = self.magnitude.gain(lambda: _like(whole, self.magnitude)).to(weight)
+        return gain[:, None] * whole - weight
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """The gain of every output, (out_features,), on the layer whose weight as a matrix is given."""
+
+        def whole() -> Tensor:
+            change = self._inner_change(weight)
+            return _like(weight if change is None else weight + change, self.magnitude)
+
+        return self.magnitude.gain(whole)
+
+    def _inner_change(self, weight: Tensor) -> Tensor | None:
+        """`W0·(T − I) + Δ`."""
+        change: Tensor | None = None
+        if not self.transform.trivial:
+            turned = self.transform.multiply(_like(weight, self.transform)).to(weight)
+            change = turned.sub_(weight)  # in place: fresh memory costs more than the arithmetic
+        if not self.residual.trivial:
+            delta = self.residual.delta().to(weight)
+            change = delta if change is None else change.add_(delta)
+        return change
+
+
+def _like(weight: Tensor, member: nn.Module) -> Tensor:
+    parameter = next(member.parameters())
+    return weight.to(parameter.device, parameter.dtype)

@@ -2,6 +2,10 @@
 
 from trlora.residuals.base import AbstractResidual as AbstractResidual
 from trlora.residuals.base import ResidualSpec as ResidualSpec
+from trlora.residuals.hadamard import HadamardResidual as HadamardResidual
+from trlora.residuals.hadamard import HadamardResidualSpec as HadamardResidualSpec
+from trlora.residuals.kronecker import KroneckerResidual as KroneckerResidual
+from trlora.residuals.kronecker import KroneckerResidualSpec as KroneckerResidualSpec
 from trlora.residuals.low_rank import LowRankResidual as LowRankResidual
 from trlora.residuals.low_rank import LowRankResidualSpec as LowRankResidualSpec
 from trlora.residuals.none import NoResidual as NoResidual
@@ -12,5 +16,7 @@ from trlora.residuals.tensor_ring import TensorRingResidualSpec as TensorRingRes
 RESIDUALS: dict[str, type[ResidualSpec]] = {
     "none": NoResidualSpec,
     "low_rank": LowRankResidualSpec,
+    "hadamard": HadamardResidualSpec,
+    "kronecker": KroneckerResidualSpec,
     "tensor_ring": TensorRingResidualSpec,
 }

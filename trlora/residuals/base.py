@@ -29,7 +29,7 @@ class AbstractResidual(nn.Module, ABC):
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """The dense Δ, `(out_features, in_features)`."""
+        """The dense Δ, `(out_features, in_features)`: a new tensor, which the caller may change in place."""
 
     @abstractmethod
     def low_rank(self) -> tuple[Tensor, Tensor]:

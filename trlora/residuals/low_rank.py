@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
-from trlora.errors import CheckpointError, ShapeError, SpecError
-from trlora.fields import check_known, finite_number, positive_int
+from trlora.errors import CheckpointError, ShapeError
+from trlora.fields import alpha_of, check_known, positive_int
 from trlora.residuals.base import AbstractResidual
 from trlora.tensors import contradiction, take
 
@@ -66,10 +66,7 @@ class LowRankResidualSpec:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         kind = "low_rank residual"
         check_known(kind, fields, ("rank", "alpha"))
-        alpha = fields.get("alpha")
-        if alpha is not None and finite_number(kind, "alpha", alpha) <= 0:
-            raise SpecError(f"{kind}: alpha is {alpha!r}, expected null or a number above 0")
-        return cls(positive_int(kind, "rank", fields.get("rank", cls.rank)), alpha)
+        return cls(positive_int(kind, "rank", fields.get("rank", cls.rank)), alpha_of(kind, fields.get("alpha")))
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "rank": self.rank, "alpha": self.alpha}

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trlora import ring
-from trlora.errors import SpecError
-from trlora.fields import check_known, order_of, positive_ints, rank_or_ranks
+from trlora.fields import check_known, order_of, rank_or_ranks, row_and_column
 from trlora.residuals.base import AbstractResidual
 from trlora.tensors import contradiction, take_sequence
 
@@ -64,14 +63,7 @@ class TensorRingResidualSpec:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         kind = "tensor_ring residual"
         check_known(kind, fields, ("order", "rank", "modes"))
-        modes = fields.get("modes")
-        if modes is not None:
-            if not isinstance(modes, Mapping) or set(modes) != {"row", "column"}:
-                raise SpecError(f'{kind}: modes is {modes!r}, expected null or {{"row": […], "column": […]}}')
-            modes = (
-                positive_ints(kind, "modes.row", modes["row"]),
-                positive_ints(kind, "modes.column", modes["column"]),
-            )
+        modes = row_and_column(kind, fields.get("modes"))
         order = fields.get("order", cls.order if modes is None else len(modes[0]))
         return cls(
             order=order_of(kind, order, *(modes or ())),

@@ -36,6 +36,16 @@ class AbstractTransform(nn.Module, ABC):
     def multiply(self, weight: Tensor) -> Tensor:
         """`weight @ T`, (rows, features) → (rows, features), without forming T where that is cheaper."""
 
+    def fitted(self, channels: int, features: int) -> Self | None:
+        """This transform for a layer, or None where it does not fit. Members that know only a part of the layer's shape
+        override it.
+
+        Args:
+            channels: the layer's inputs without the taps of a kernel; of a linear layer its features.
+            features: the width of the layer's weight as a matrix.
+        """
+        return self if features == self.features else None
+
     @abstractmethod
     def identity_penalty(self) -> Tensor:
         """A scalar, zero where T is the identity; used to hold training near the pre-trained weight."""

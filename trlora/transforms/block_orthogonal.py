@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
+from trlora.cayley import cayley, cayley_series, skew_from_upper
 from trlora.errors import CheckpointError, SpecError
-from trlora.fields import check_known, positive_int
+from trlora.fields import boolean, check_known, optional_int, positive_int
 from trlora.tensors import contradiction, take
 from trlora.transforms.base import AbstractTransform
 
@@ -21,24 +22,27 @@ class BlockOrthogonalTransform(AbstractTransform):
 
     `skew` (n_blocks, b·(b−1)/2) holds the entries of each Q above the diagonal, row by row, as in PEFT's OFT, whose
     rotation with the exact Cayley map is Oᵀ: it multiplies activations from the right.
+
+    Args:
+        neumann_terms: instead of the exact map, so many terms of `trlora.cayley.cayley_series`; O is then nearly orthogonal.
+        features: of a layer over which one block is repeated; `skew` then has one row.
     """
 
-    def __init__(self, skew: Tensor, block_size: int) -> None:
+    def __init__(
+        self, skew: Tensor, block_size: int, neumann_terms: int | None = None, features: int | None = None
+    ) -> None:
         super().__init__()
-        self.features = skew.shape[0] * block_size
+        self.features = skew.shape[0] * block_size if features is None else features
         self.block_size = block_size
+        self.neumann_terms = neumann_terms
+        self.shared = features is not None
         self.skew = nn.Parameter(skew)
 
     def blocks(self) -> Tensor:
         """The orthogonal blocks, (n_blocks, b, b)."""
-        size = self.block_size
-        skew = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))  # there is no half-precision solve
-        rows, columns = torch.triu_indices(size, size, 1, device=skew.device)
-        blocks = torch.arange(skew.shape[0], device=skew.device)[:, None]
-        upper = skew.new_zeros(skew.shape[0], size, size).index_put((blocks, rows, columns), skew)
-        q = upper - upper.transpose(1, 2)
-        eye = torch.eye(size, dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(eye - q, eye + q, left=False).to(self.skew.dtype)
+        q = skew_from_upper(self.skew, self.block_size)
+        own = cayley(q) if self.neumann_terms is None else cayley_series(q, self.neumann_terms)
+        return own.expand(self.features // self.block_size, -1, -1) if self.shared else own
 
     def forward(self, x: Tensor) -> Tensor:
         blocked = x.unflatten(-1, (-1, self.block_size))
@@ -51,30 +55,53 @@ class BlockOrthogonalTransform(AbstractTransform):
         blocked = weight.unflatten(-1, (-1, self.block_size))
         return torch.einsum("...ni,nij->...nj", blocked, self.blocks()).flatten(-2)
 
+    def fitted(self, channels: int, features: int) -> Self | None:
+        """A shared block is repeated over any layer whose features it divides."""
+        if self.shared and features % self.block_size == 0:
+            return type(self)(self.skew.data, self.block_size, self.neumann_terms, features)
+        return super().fitted(channels, features)
+
     def identity_penalty(self) -> Tensor:
         eye = torch.eye(self.block_size, dtype=self.skew.dtype, device=self.skew.device)
         return torch.linalg.vector_norm(self.blocks() - eye)
 
     def orthogonal_penalty(self) -> Tensor:
-        return self.skew.new_zeros(())  # orthogonal by construction
+        if self.neumann_terms is None:
+            return self.skew.new_zeros(())  # orthogonal by construction
+        blocks = self.blocks()
+        eye = torch.eye(self.block_size, dtype=self.skew.dtype, device=self.skew.device)
+        return torch.linalg.vector_norm(blocks @ blocks.transpose(1, 2) - eye)
 
 
 @final
 @dataclass(frozen=True)
 class BlockOrthogonalTransformSpec:
-    """`{"type": "block_orthogonal", "block_size": b}`; checkpoint key `skew` (in/b, b·(b−1)/2)."""
+    """`{"type": "block_orthogonal", "block_size": b, "neumann_terms": null or a number, "shared": false}`.
+
+    Checkpoint key `skew` (in/b, b·(b−1)/2), or (1, b·(b−1)/2) where one block is `shared` by all places. The last two fields
+    are left out where they have these values.
+    """
 
     type: ClassVar[str] = "block_orthogonal"
     block_size: int = 8
+    neumann_terms: int | None = None
+    shared: bool = False
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         kind = "block_orthogonal transform"
-        check_known(kind, fields, ("block_size",))
-        return cls(positive_int(kind, "block_size", fields.get("block_size", cls.block_size)))
+        check_known(kind, fields, ("block_size", "neumann_terms", "shared"))
+        return cls(
+            positive_int(kind, "block_size", fields.get("block_size", cls.block_size)),
+            optional_int(kind, "neumann_terms", fields.get("neumann_terms")),
+            boolean(kind, "shared", fields.get("shared", False)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": self.type, "block_size": self.block_size}
+        fields: dict[str, Any] = {"type": self.type, "block_size": self.block_size}
+        if self.neumann_terms is not None:
+            fields["neumann_terms"] = self.neumann_terms
+        return fields | ({"shared": True} if self.shared else {})
 
     def build(self, features: int, generator: torch.Generator | None = None) -> BlockOrthogonalTransform:
         if features % self.block_size:
@@ -82,7 +109,8 @@ class BlockOrthogonalTransformSpec:
             closest = min(divisors, key=lambda b: abs(b - self.block_size))
             raise SpecError(f"block_size {self.block_size} does not divide {features} features; {closest} does")
         entries = self.block_size * (self.block_size - 1) // 2
-        return BlockOrthogonalTransform(torch.zeros(features // self.block_size, entries), self.block_size)
+        skew = torch.zeros(1 if self.shared else features // self.block_size, entries)
+        return self._member(skew, features)
 
     def from_tensors(self, tensors: dict[str, Tensor]) -> BlockOrthogonalTransform:
         skew = take(tensors, "skew", dims=2)
@@ -91,4 +119,9 @@ class BlockOrthogonalTransformSpec:
             if size is None:
                 raise CheckpointError(f"skew: {skew.shape[1]} entries a block found, expected b·(b−1)/2 for some b")
             raise contradiction("block_size", self.block_size, size)
-        return BlockOrthogonalTransform(skew, self.block_size)
+        if self.shared and skew.shape[0] != 1:
+            raise CheckpointError(f"skew: {skew.shape[0]} blocks found, expected one, which is shared")
+        return self._member(skew, self.block_size)
+
+    def _member(self, skew: Tensor, features: int) -> BlockOrthogonalTransform:
+        return BlockOrthogonalTransform(skew, self.block_size, self.neumann_terms, features if self.shared else None)

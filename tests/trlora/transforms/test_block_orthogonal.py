@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,49 @@ def test_the_penalties_know_that_it_is_orthogonal() -> None:
     assert transform.orthogonal_penalty().item() == 0
     distance = np.linalg.norm(transform.matrix().detach().numpy() - np.eye(15))
     assert transform.identity_penalty().item() == pytest.approx(distance, rel=1e-12)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("shared", [False, True])
+def test_pefts_oft_with_a_neumann_series_and_with_a_shared_block(terms: int, shared: bool) -> None:
+    """Their series is that of the transposed rotation, so the skew changes its sign."""
+    base = nn.Linear(24, 9, dtype=torch.float64)
+    layer = AdaptedLinear(copy.deepcopy(base))
+    config = OFTConfig(
+        oft_block_size=4,
+        target_modules=["0"],
+        use_cayley_neumann=True,
+        num_cayley_neumann_terms=terms,
+        block_share=shared,
+    )
+    peft = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False).double()  # type: ignore[arg-type]
+    ((_, skew),) = [item for item in peft.named_parameters() if "oft_R" in item[0]]
+    with torch.no_grad():
+        skew.copy_(0.3 * torch.randn_like(skew))
+    fields = {"type": "block_orthogonal", "block_size": 4, "neumann_terms": terms, "shared": shared}
+    spec = AdapterSpec.from_dict({"transform": fields})
+    transform = spec.transform.from_tensors({"skew": -skew.detach()})
+    assert transform is not None
+    layer.add("oft", LayerAdapter.from_parts(spec, transform.fitted(24, 24), None, 24, 9))
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), peft(x), rtol=1e-12, atol=1e-12)
+    merged = peft.merge_and_unload()[0].weight  # type: ignore[operator]
+    torch.testing.assert_close(layer.merged_weight(torch.float64), merged, rtol=1e-12, atol=1e-12, check_stride=False)
+
+
+def test_a_series_is_only_nearly_orthogonal() -> None:
+    skew = 0.3 * torch.randn(3, 6, dtype=torch.float64)
+    transform = BlockOrthogonalTransform(skew, 4, neumann_terms=5)
+    matrix = transform.matrix().detach().numpy()
+    assert transform.orthogonal_penalty().item() == pytest.approx(np.linalg.norm(matrix @ matrix.T - np.eye(12)))
+
+
+def test_a_shared_block_fits_every_layer_that_it_divides() -> None:
+    transform = BlockOrthogonalTransformSpec(4, shared=True).from_tensors({"skew": torch.randn(1, 6)})
+    fitted = transform.fitted(20, 20)
+    assert fitted is not None
+    assert fitted.matrix().shape == (20, 20)
+    torch.testing.assert_close(fitted.matrix()[16:, 16:], fitted.matrix()[:4, :4])
+    assert transform.fitted(18, 18) is None
+    with pytest.raises(CheckpointError, match="expected one"):
+        BlockOrthogonalTransformSpec(4, shared=True).from_tensors({"skew": torch.randn(2, 6)})

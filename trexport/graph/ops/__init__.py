@@ -7,7 +7,11 @@ from trexport.graph.ops.base import MemberOp as MemberOp
 from trexport.graph.ops.base import ResidualOp as ResidualOp
 from trexport.graph.ops.base import TransformOp as TransformOp
 from trexport.graph.ops.block_orthogonal import BlockOrthogonalOp
+from trexport.graph.ops.butterfly import ButterflyOp
 from trexport.graph.ops.diagonal import DiagonalOp
+from trexport.graph.ops.hadamard import HadamardOp
+from trexport.graph.ops.householder import HouseholderOp
+from trexport.graph.ops.kronecker import KroneckerOp
 from trexport.graph.ops.low_rank import LowRankOp
 from trexport.graph.ops.tensor_ring_residual import TensorRingResidualOp
 from trexport.graph.ops.tensor_ring_transform import TensorRingTransformOp
@@ -16,6 +20,8 @@ DOMAIN = "ai.trlora"
 VERSION = 1
 
 TRANSFORM_OPS: dict[str, type[TransformOp]] = {
-    op.type: op for op in (TensorRingTransformOp, DiagonalOp, BlockOrthogonalOp)
+    op.type: op for op in (TensorRingTransformOp, DiagonalOp, BlockOrthogonalOp, ButterflyOp, HouseholderOp)
 }
-RESIDUAL_OPS: dict[str, type[ResidualOp]] = {op.type: op for op in (TensorRingResidualOp, LowRankOp)}
+RESIDUAL_OPS: dict[str, type[ResidualOp]] = {
+    op.type: op for op in (TensorRingResidualOp, LowRankOp, HadamardOp, KroneckerOp)
+}

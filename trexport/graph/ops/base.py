@@ -108,20 +108,42 @@ class TransformOp(MemberOp):
 
 
 class ResidualOp(MemberOp):
-    """Δ of one layer, as the low-rank map that it is."""
+    """Δ of one layer: as the low-rank map that it is, unless a member knows better."""
 
     @property
     @abstractmethod
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """At which it is a low-rank map exactly."""
 
     @property
     @abstractmethod
     def features(self) -> tuple[int, int]:
         """(out_features, in_features)."""
 
-    @abstractmethod
     def factors(self, body: Body, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """R (in, r) and L (out, r) with `Δ = L·Rᵀ`, in the model's precision; with a leading axis in a stacked body."""
+        """R (in, r) and L (out, r) with `Δ = L·Rᵀ`, in the model's precision; with a leading axis in a stacked body. For
+        members that have no other `apply` and `delta`."""
+        raise NotImplementedError(self.type)
+
+    def apply(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], strength: ir.Value) -> ir.Value:
+        """`s·x @ Δ.T`, x of `rank` dimensions."""
+        right, left = self.factors(body, values)
+        # the strength scales the thin tensor in between
+        return body.matmul(body.op("Mul", body.matmul(x, right), strength), body.turn(left, [1, 0]))
+
+    def delta(self, body: Body, values: list[ir.Value]) -> ir.Value:
+        """Δ, (out, in), in the model's precision; with a leading axis in a stacked body."""
+        right, left = self.factors(body, values)
+        return body.matmul(left, body.turn(right, [1, 0]))
+
+    def work(self, rows: int) -> float:
+        """Floating-point operations of `apply` for `rows` rows of activations."""
+        return 2.0 * rows * self.rank * sum(self.features)
+
+    def delta_work(self) -> float:
+        """Floating-point operations of `delta`."""
+        rows, columns = self.features
+        return 2.0 * rows * columns * self.rank
 
 
 def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

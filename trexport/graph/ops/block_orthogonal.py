@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from trexport.graph.ops.base import TransformOp
-from trexport.graph.ops.body import Body, batched
+from trexport.graph.ops.blocks import blocked
+from trexport.graph.ops.body import Body
 from trlora.transforms import BlockOrthogonalTransform
 
 
@@ -18,14 +20,13 @@ from trlora.transforms import BlockOrthogonalTransform
 @dataclass(frozen=True)
 class BlockOrthogonalOp(TransformOp):
     """`blocks` (n_blocks, b, b): the orthogonal blocks themselves, for ONNX has no matrix inverse; a checkpoint's `skew` is
-    taken through the Cayley map, in float64, when its tensors are made."""
+    taken through its Cayley map or series, in float64, when its tensors are made, and a shared block is repeated."""
 
     type: ClassVar[str] = "block_orthogonal"
 
     @staticmethod
     def values(member: BlockOrthogonalTransform) -> dict[str, Tensor]:
-        wide = BlockOrthogonalTransform(member.skew.detach().double(), member.block_size)
-        return {"blocks": wide.blocks().detach().float()}
+        return {"blocks": copy.deepcopy(member).double().blocks().detach().float().contiguous()}
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -39,18 +40,16 @@ class BlockOrthogonalOp(TransformOp):
         return f"BlockOrthogonal{self.shapes['blocks'][1]}"
 
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
-        return self._blocked(body, x, rank, body.turn(values[0], [0, 2, 1]))
+        return blocked(body, x, rank, body.turn(values[0], [0, 2, 1]), self._shape)
 
     def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        return self._blocked(body, weight, 2, values[0])
+        return blocked(body, weight, 2, values[0], self._shape)
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         count, size, _ = self.shapes["blocks"]
         return 2.0 * rows * count * size * size, 4.0 * rows * count * size
 
-    def _blocked(self, body: Body, value: ir.Value, rank: int, blocks: ir.Value) -> ir.Value:
+    @property
+    def _shape(self) -> tuple[int, int, int]:
         count, size, _ = self.shapes["blocks"]
-        parted = body.reshape(value, batched(rank, [count, 1, size]))
-        if body.stacked:  # (stack, rows, blocks, 1, b)
-            blocks, rank = body.fold(blocks, [1, count, size, size]), 3
-        return body.reshape(body.matmul(parted, body.narrow(blocks)), batched(rank, [count * size]))
+        return count, size, size

@@ -23,7 +23,7 @@ class DiagonalOp(TransformOp):
 
     @staticmethod
     def values(member: DiagonalTransform) -> dict[str, Tensor]:
-        return {"scale": member.scale.detach().float()}
+        return {"scale": member.diagonal().detach().float()}
 
     @property
     def fixed(self) -> tuple[int, ...]:

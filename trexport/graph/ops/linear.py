@@ -91,7 +91,7 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
         y = body.matmul(x, body.turn(_rebuilt(body, weight, slots), [1, 0]))
         added = None
     else:
-        moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots)
+        moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots, rank)
         y = body.matmul(moved, body.transpose(weight, [1, 0]))
     if bias is not None:
         y = body.op("Add", y, bias)
@@ -121,14 +121,12 @@ def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense:
     return moved
 
 
-def _added(body: Body, x: ir.Value, slots: Sequence[_Slot]) -> ir.Value | None:
+def _added(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int) -> ir.Value | None:
     """`Σ s Δ·x`."""
     added: ir.Value | None = None
     for slot, strength, _, values in slots:
         if slot.residual is not None:
-            right, left = slot.residual.factors(body, values)
-            # the strength scales the thin tensor in between
-            step = body.matmul(body.op("Mul", body.matmul(x, right), strength), body.turn(left, [1, 0]))
+            step = slot.residual.apply(body, x, rank, values, strength)
             added = step if added is None else body.op("Add", added, step)
     return added
 
@@ -141,8 +139,7 @@ def _rebuilt(body: Body, weight: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
         if slot.transform is not None:
             change = body.op("Sub", slot.transform.weight(body, weight, of_transform), weight)
         if slot.residual is not None:
-            right, left = slot.residual.factors(body, of_residual)
-            delta = body.matmul(left, body.turn(right, [1, 0]))
+            delta = slot.residual.delta(body, of_residual)
             change = delta if change is None else body.op("Add", change, delta)
         if change is not None:
             rebuilt = body.op("Add", rebuilt, body.op("Mul", change, strength))

@@ -90,11 +90,10 @@ def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tok
             moved += 3.0 * columns * (rows if path == "weight" else tokens)
             seconds += flops / rate + moved / model.elements_per_second
         if slot.residual is not None:
-            rank = slot.residual.rank
             if path == "weight":
-                flops, moved = 2.0 * rows * columns * rank, 3.0 * rows * columns
+                flops, moved = slot.residual.delta_work(), 3.0 * rows * columns
             else:
-                flops, moved = 2.0 * tokens * rank * (rows + columns), float(tokens) * (columns + 3 * rows)
+                flops, moved = slot.residual.work(tokens), float(tokens) * (columns + 3 * rows)
             seconds += flops / model.thin_flops_per_second + moved / model.elements_per_second
     if path == "weight":
         seconds += 2.0 * rows * columns / model.elements_per_second  # the runtime cannot prepare the weight beforehand

@@ -29,8 +29,16 @@ class LayerSlot:
 
     @classmethod
     def of(cls, adapter: LayerAdapter) -> Self:
-        """The slot that an adapter of a layer needs."""
+        """The slot that an adapter of a layer needs.
+
+        Raises:
+            ArtifactError: it has a magnitude, which no graph takes.
+        """
         transform, residual = adapter.transform, adapter.residual
+        if not adapter.magnitude.trivial:
+            raise ArtifactError(
+                f"a {adapter.spec.magnitude.type!r} magnitude, which no graph keeps apart: export it merged"
+            )
         return cls(
             None if transform.trivial else TRANSFORM_OPS[adapter.spec.transform.type].of(transform),
             None if residual.trivial else RESIDUAL_OPS[adapter.spec.residual.type].of(residual),

@@ -5,16 +5,17 @@ made of.
 
 | input | shape | type |
 |---|---|---|
-| W | (out, in), as in torch | T |
+| W | (out, in), or of a convolution (out, in/groups, height, width), as in torch | T |
 | strength | (adapters,) | float32 |
 | then the tensors of the transforms and of the residuals | (adapters, …): stacked | float32 |
 
-Output Y (out, in), type T: computed in float32 and cast once. T is float, float16 or bfloat16. At strength zero it is W, to
-the last bit (but for the sign of a zero). The tensors of each member: see `trexport.graph.ops`.
+Output Y, of the shape of W, type T: computed in float32 and cast once. T is float, float16 or bfloat16. At strength zero it
+is W, to the last bit (but for the sign of a zero). The tensors of each member: see `trexport.graph.ops`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -32,12 +33,13 @@ class WeightSignature:
     """What a function is written for."""
 
     slot: LayerSlot
-    out_features: int
-    in_features: int
+    shape: tuple[int, ...]
+    """Of the weight, (out, in) or (out, in/groups, height, width)."""
     dtype: Dtype
 
     def name(self) -> str:
-        return f"MergedWeight_{self.slot.signature()}_{self.in_features}to{self.out_features}"
+        taps = "x".join(map(str, self.shape[2:]))
+        return f"MergedWeight_{self.slot.signature()}_{self.shape[1]}to{self.shape[0]}{'k' * bool(taps)}{taps}"
 
 
 def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Function:
@@ -48,18 +50,21 @@ def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Fun
     split = len(slot.transform.shapes) if slot.transform is not None else 0
     half = signature.dtype != "fp32"
     wide = body.op("Cast", weight, to=int(ONNX_DTYPES["fp32"])) if half else weight
+    rows, columns, kernel = signature.shape[0], math.prod(signature.shape[1:]), signature.shape[2:]
+    if kernel:  # as a matrix
+        wide = body.reshape(wide, [rows, columns])
     change: ir.Value | None = None
     if slot.transform is not None:
         change = body.op("Sub", slot.transform.weight(body, wide, values[:split]), wide)
     if slot.residual is not None:
-        right, left = slot.residual.factors(body, values[split:])
-        delta = body.matmul(left, body.turn(right, [1, 0]))
+        delta = slot.residual.delta(body, values[split:])
         change = delta if change is None else body.op("Add", change, delta)
     assert change is not None
     # scaled and summed as one product, (1, adapters) · (adapters, out·in): an eighth of the time of Mul and ReduceSum
-    size = signature.out_features * signature.in_features
-    total = body.matmul(body.reshape(strength, [1, -1]), body.reshape(change, [-1, size]))
-    y = body.op("Add", wide, body.reshape(total, [signature.out_features, signature.in_features]))
+    total = body.matmul(body.reshape(strength, [1, -1]), body.reshape(change, [-1, rows * columns]))
+    y = body.op("Add", wide, body.reshape(total, [rows, columns]))
+    if kernel:
+        y = body.reshape(y, signature.shape)
     if half:
         y = body.op("Cast", y, to=int(ONNX_DTYPES[signature.dtype]))
     y.name = "Y"

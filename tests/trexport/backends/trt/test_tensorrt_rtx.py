@@ -68,7 +68,7 @@ def test_every_form_is_built(which: str, request: pytest.FixtureRequest, tmp_pat
     assert bool(source.constants) == (which != "half_artifact")  # type: ignore[union-attr]
     if which != "half_artifact":
         (bound,) = open_adapters(["random:tlora:2:6"], base)
-        rows, columns = base.linear_shapes()[next(iter(bound.layers))]
+        rows, columns = base.weight_shapes()[next(iter(bound.layers))]
         assert engine.engine_record.layers[next(iter(bound.layers))] == (rows, columns)
 
 

@@ -63,11 +63,11 @@ def far(found: Tensor, expected: np.ndarray[Any, Any]) -> float:
 
 
 def lower(member: Member | None) -> Member | None:
-    """The member at ranks of one, where it has ranks."""
+    """The member at ranks of one, where it has ranks; of a chain of reflections two, for one has no identity to start at."""
     if member is None or "rank" not in member.fields:
         return member
     rank = member.fields["rank"]
-    ones = [1] * len(rank) if isinstance(rank, list) else 1
+    ones = [1] * len(rank) if isinstance(rank, list) else 2 if member.type == "householder" else 1
     return Member({**member.fields, "rank": ones})
 
 

@@ -142,7 +142,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(path: Path, rank: int) -> No
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.type != "identity"], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_at_strength_zero_and_with_neutral_tensors_it_is_the_plain_layer(transform: Member, path: Path) -> None:
-    adapters = three_adapters(transform, RESIDUALS[-2])
+    adapters = three_adapters(transform, RESIDUALS[5])
     slot, feeds = slot_of(adapters), inputs_of(3, True)
     proto = model_of(slot, path)
     plain = linear_function(LinearSignature((), OUT, IN, True, 3, "activations", "fp32"), "plain", OPSET)

@@ -33,7 +33,7 @@ ONNX_TYPES: dict[Dtype, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.Da
 
 
 def model_of(slot: LayerSlot, dtype: Dtype = "fp32") -> onnx.ModelProto:
-    signature = WeightSignature(slot, OUT, IN, dtype)
+    signature = WeightSignature(slot, (OUT, IN), dtype)
     function = weight_function(signature, signature.name(), OPSET)
     shapes = {"W": (OUT, IN), "strength": ("adapters",), **stack_shapes(slot)}
     kinds = {"W": ONNX_TYPES[dtype], "Y": ONNX_TYPES[dtype]}
