@@ -100,7 +100,7 @@ TRLORA_STOREYS = [
     {"transforms", "residuals", "magnitudes"},
     {"spec"},
     {"layers", "config"},
-    {"targets"},
+    {"targets", "parts"},
     {"inject"},
     {"merge", "adapter"},
     {"checkpoint"},
@@ -110,7 +110,7 @@ TRLORA_STOREYS = [
 TREXPORT_STOREYS = [
     {"", "errors"},
     {"io_spec", "progress", "hashing", "disk", "jsonable"},
-    {"manifest", "profile"},
+    {"manifest", "profile", "formats"},
     {"models"},
     {"graph", "backends", "merging"},
     {"artifact"},

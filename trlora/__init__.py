@@ -4,7 +4,6 @@ Needs torch and safetensors only.
 """
 
 from trlora.adapter import Adapter as Adapter
-from trlora.adapter import LayerParts as LayerParts
 from trlora.adapter import adapter_from_model as adapter_from_model
 from trlora.checkpoint import load_adapter as load_adapter
 from trlora.checkpoint import save_adapter as save_adapter
@@ -32,5 +31,6 @@ from trlora.merge import LayerMerge as LayerMerge
 from trlora.merge import MergeReport as MergeReport
 from trlora.merge import merge_ as merge_
 from trlora.merge import merge_layer as merge_layer
+from trlora.parts import LayerParts as LayerParts
 from trlora.spec import AdapterSpec as AdapterSpec
 from trlora.targets import find_targets as find_targets

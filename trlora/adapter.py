@@ -2,106 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self, final
 
 from torch import Tensor, nn
 
-from trlora.config import AdapterConfig, BaseModel
+from trlora.config import FORMAT, AdapterConfig, BaseModel
 from trlora.errors import CheckpointError, ShapeError, nearest
 from trlora.inject import adapted_modules
 from trlora.layers import LayerAdapter
-from trlora.magnitudes import AbstractMagnitude
-from trlora.residuals import AbstractResidual
-from trlora.spec import PARTS, AdapterSpec
-from trlora.transforms import AbstractTransform
-
-
-@final
-@dataclass(frozen=True)
-class LayerParts:
-    """What a checkpoint holds for one layer; a part without tensors is None."""
-
-    spec: AdapterSpec
-    transform: AbstractTransform | None
-    residual: AbstractResidual | None
-    magnitude: AbstractMagnitude | None = None
-    kernel: tuple[int, ...] | None = None
-    """Height and width of the convolution's kernel that it is for, () for a linear layer; None where the checkpoint does not
-    tell."""
-
-    @property
-    def members(self) -> dict[str, nn.Module]:
-        """The parts that are there, by name."""
-        found = {"transform": self.transform, "residual": self.residual, "magnitude": self.magnitude}
-        return {part: found[part] for part in PARTS if found[part] is not None}  # type: ignore[misc]
-
-    @property
-    def in_features(self) -> int | None:
-        """The width of the layer's weight as a matrix; None where only a magnitude is stored."""
-        if self.residual is not None:
-            return self.residual.in_features
-        return None if self.transform is None else self.transform.features
-
-    @property
-    def out_features(self) -> int | None:
-        """None where only a transform is stored, which does not know the layer's outputs."""
-        part = self.magnitude if self.residual is None else self.residual
-        return None if part is None else part.out_features
-
-    @classmethod
-    def of(cls, adapter: LayerAdapter) -> Self:
-        """The parts of a layer's adapter that have tensors."""
-        transform, residual, magnitude = adapter.transform, adapter.residual, adapter.magnitude
-        return cls(
-            adapter.spec,
-            None if transform.trivial else transform,
-            None if residual.trivial else residual,
-            None if magnitude.trivial else magnitude,
-        )
-
-    def check(self) -> None:
-        """Raises `ShapeError` where the parts do not fit together on any layer."""
-        transform, residual, magnitude = self.transform, self.residual, self.magnitude
-        # as on a convolution whose channels the transform tells, for that is all it may know
-        if transform is not None and residual is not None and self._fitted(residual.in_features) is None:
-            raise ShapeError(
-                f"the transform has {transform.features} features, the residual takes {residual.in_features}"
-            )
-        if magnitude is not None and residual is not None and magnitude.out_features != residual.out_features:
-            raise ShapeError(
-                f"the magnitude has {magnitude.out_features} outputs, the residual gives {residual.out_features}"
-            )
-
-    def on(self, shape: tuple[int, ...]) -> LayerAdapter:
-        """The adapter of a layer whose weight has a shape, (out, in) or (out, in/groups, height, width).
-
-        Raises:
-            ShapeError: it does not fit.
-        """
-        rows, columns, kernel = shape[0], math.prod(shape[1:]), tuple(shape[2:])
-        if self.kernel is not None and self.kernel != kernel:
-            raise ShapeError(f"for {_kind(self.kernel)}, the base's layer is {_kind(kernel)}")
-        found = (
-            columns if self.residual is None else self.residual.in_features,
-            rows if self.out_features is None else self.out_features,
-        )
-        transform = None if self.transform is None else self.transform.fitted(shape[1], columns)
-        if found != (columns, rows) or (transform is None) != (self.transform is None):
-            inputs = "any" if self.in_features is None else self.in_features
-            outputs = "any" if self.out_features is None else self.out_features
-            raise ShapeError(f"for {inputs} → {outputs} features, the base's layer has {columns} → {rows}")
-        return LayerAdapter.from_parts(self.spec, transform, self.residual, columns, rows, self.magnitude)
-
-    def _fitted(self, features: int) -> AbstractTransform | None:
-        assert self.transform is not None
-        return self.transform.fitted(self.transform.features, features)
-
-
-def _kind(kernel: tuple[int, ...]) -> str:
-    return f"a convolution of {'×'.join(map(str, kernel))}" if kernel else "a linear layer"
+from trlora.parts import LayerParts
+from trlora.spec import AdapterSpec
 
 
 @final
@@ -112,6 +24,26 @@ class Adapter:
     config: AdapterConfig
     layers: Mapping[str, LayerParts]
     source: str = "adapter"
+    format: str = FORMAT
+    """The format that it was read from."""
+
+    @classmethod
+    def of(
+        cls,
+        layers: Mapping[str, LayerParts],
+        strength: float = 1.0,
+        base_model: BaseModel | None = None,
+        source: str = "adapter",
+        format: str = FORMAT,
+    ) -> Self:
+        """An adapter of layers that are described each by itself: the commonest description becomes the config's default, so
+        that it says once what holds for most."""
+        counts: dict[AdapterSpec, int] = {}
+        for parts in layers.values():
+            counts[parts.spec] = counts.get(parts.spec, 0) + 1
+        default = max(counts, key=lambda spec: counts[spec])
+        overrides = {path: parts.spec for path, parts in layers.items() if parts.spec != default}
+        return cls(AdapterConfig(default, overrides, strength, base_model or BaseModel()), layers, source, format)
 
     @property
     def parameters(self) -> int:
@@ -175,7 +107,6 @@ def adapter_from_model(
     Raises:
         CheckpointError: the model has no adapter of that name, or it has no parameters.
     """
-    specs: dict[str, AdapterSpec] = {}
     layers: dict[str, LayerParts] = {}
     for path, layer in adapted_modules(model).items():
         if name in layer.adapters:
@@ -183,19 +114,7 @@ def adapter_from_model(
             assert isinstance(adapter, LayerAdapter)
             parts = LayerParts.of(adapter)
             if parts.members:
-                specs[path] = adapter.spec
                 layers[path] = parts
     if not layers:
         raise CheckpointError(f"{type(model).__name__} has no adapter {name!r} with parameters; use inject_ first")
-    # the commonest description is the default, so that the config says once what holds for most layers
-    counts: dict[AdapterSpec, int] = {}
-    for spec in specs.values():
-        counts[spec] = counts.get(spec, 0) + 1
-    default = max(counts, key=lambda spec: counts[spec])
-    config = AdapterConfig(
-        default=default,
-        overrides={path: spec for path, spec in specs.items() if spec != default},
-        strength=strength,
-        base_model=base_model or BaseModel(class_name=type(model).__name__),
-    )
-    return Adapter(config, layers)
+    return Adapter.of(layers, strength, base_model or BaseModel(class_name=type(model).__name__))

@@ -17,10 +17,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trlora.adapter import Adapter, LayerParts
+from trlora.adapter import Adapter
 from trlora.config import FORMAT, AdapterConfig
-from trlora.errors import CheckpointError, ShapeError, TrloraError, nearest
+from trlora.errors import CheckpointError, TrloraError, nearest
 from trlora.files import atomic_file, atomic_folder
+from trlora.parts import LayerParts
 from trlora.spec import PARTS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -38,7 +39,7 @@ def save_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False)
     target = Path(path)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors().items()}
     for key, tensor in tensors.items():
-        _check_finite(key, tensor)
+        check_tensor(key, tensor)
     text = json.dumps(adapter.config.to_dict(), indent=2)
     if target.suffix == ".safetensors":
         if target.exists() and not overwrite:
@@ -65,7 +66,7 @@ def load_adapter(path: str | Path) -> Adapter:
     weights = source / WEIGHTS_NAME if source.is_dir() else source
     if not weights.is_file():
         raise CheckpointError(f"{source}: no {WEIGHTS_NAME} inside, expected one beside {CONFIG_NAME}")
-    tensors, metadata = _read_safetensors(weights)
+    tensors, metadata = read_safetensors(weights)
     try:
         config = AdapterConfig.from_dict(_read_config(source, metadata))
         layers = _layers_from_tensors(tensors, config)
@@ -93,7 +94,12 @@ def _read_config(source: Path, metadata: Mapping[str, str]) -> Any:
         raise CheckpointError(f"{where}: not JSON ({error})") from error
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header metadata of a file.
+
+    Raises:
+        CheckpointError: it is no safetensors file, truncated, or corrupt.
+    """
     try:
         with safetensors.safe_open(file, framework="pt") as reader:
             tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (no mapping)
@@ -118,7 +124,7 @@ def why_no_safetensors(file: Path, error: Exception) -> str:
 def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, LayerParts]:
     by_layer: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        _check_finite(key, tensor)
+        check_tensor(key, tensor)
         path, part, name = _split_key(key)
         by_layer.setdefault(path, {part: {} for part in PARTS})[part][name] = tensor
     if not by_layer:
@@ -129,29 +135,8 @@ def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -
     layers: dict[str, LayerParts] = {}
     for path, parts in by_layer.items():
         spec = config.overrides.get(path, config.default)
-        members = {part: _member(path, part, getattr(spec, part), parts[part]) for part in PARTS}
-        layers[path] = LayerParts(spec, **members)
-        try:
-            layers[path].check()
-        except ShapeError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        layers[path] = LayerParts.from_tensors(path, spec, parts)
     return layers
-
-
-def _member(path: str, part: str, spec: Any, tensors: dict[str, Tensor]) -> Any:
-    found = sorted(tensors)
-    try:
-        member = spec.from_tensors(tensors)
-    except TrloraError as error:
-        raise CheckpointError(f"{path}.{part}.{error} (a {spec.type!r} {part})") from error
-    if tensors:
-        left = sorted(tensors)
-        known = [key for key in found if key not in left] or ["none"]
-        raise CheckpointError(
-            f"{path}.{part}.{left[0]}: unknown key for a {spec.type!r} {part}, which takes {', '.join(known)} here"
-            f"{nearest(left[0], known)}"
-        )
-    return member
 
 
 def _split_key(key: str) -> tuple[str, str, str]:
@@ -164,7 +149,8 @@ def _split_key(key: str) -> tuple[str, str, str]:
     raise CheckpointError(f"{key}: unknown key, expected {expected}")
 
 
-def _check_finite(key: str, tensor: Tensor) -> None:
+def check_tensor(key: str, tensor: Tensor) -> None:
+    """Raises `CheckpointError` for a tensor that is not of floating-point numbers of 16 bits or more, all finite."""
     if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
         raise CheckpointError(f"{key}: dtype {tensor.dtype}, expected a floating-point one of 16 bits or more")
     if not torch.isfinite(tensor).all():

@@ -13,10 +13,11 @@ from typing import Any, Protocol, final
 import torch
 
 from trexport.errors import TrexportError, UsageError
+from trexport.formats import read_adapter
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
 from trexport.models.base import sample_folder
-from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, LayerParts, load_adapter
+from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
 
@@ -54,8 +55,9 @@ class BoundAdapter:
 def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
     """Open `ADAPTER[=STRENGTH]` arguments and bind every tensor of each to a layer of the base.
 
-    ADAPTER is a checkpoint folder or file, `sample:digits/NAME`, or `random:tlora:2:6` (random and trained on nothing,
-    for measuring; also `random:tlora-star:2:4`, `random:lora:4`). A strength left out is the checkpoint's own.
+    ADAPTER is a folder or file of any format of `trexport.formats`, `sample:digits/NAME`, or `random:tlora:2:6` (random and
+    trained on nothing, for measuring; also `random:tlora-star:2:4`, `random:lora:4`). A strength left out is the
+    checkpoint's own.
 
     Raises:
         UsageError: a strength that is no number, an unknown name, or the same adapter twice.
@@ -71,7 +73,7 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
             digest = hashlib.sha256(name.encode()).hexdigest()
         else:
             path = adapter_path(name)
-            adapter = load_adapter(path)
+            adapter = read_adapter(path)
             digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
         chosen = adapter.config.strength if strength is None else strength
         bound.append(BoundAdapter(name, adapter, adapter.bind(base.weight_shapes()), chosen, digest))
