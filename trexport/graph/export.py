@@ -174,7 +174,9 @@ def plan_export(
     if options.swappable is not None:
         if options.factored is not None:
             raise UsageError("factored and swappable are two forms; choose one")
-        return ExportPlan(choice, spec, sizes, size_bytes, None, plan_swappable(adapters, options.swappable), **beside)
+        return ExportPlan(
+            choice, spec, sizes, size_bytes, None, plan_swappable(base, adapters, options.swappable), **beside
+        )
     if options.factored is None:
         return ExportPlan(choice, spec, sizes, size_bytes, **beside)
     optimum = sizes | check_sizes(base.config, {**(options.optimum or {}), **(options.fixed or {})})

@@ -15,6 +15,7 @@ from trexport.graph.ops.slots import STRENGTH, Slot, joined_slot
 from trexport.graph.ops.weight import WeightSignature, weight_function
 from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
+from trexport.models.base import Base
 
 MERGE_NAME = "merge.onnx"
 ADAPTERS_AXIS = "adapters"
@@ -47,18 +48,26 @@ class Swappable:
         return cls(Slot.from_dict(fields["slot"]), fields["blank"])
 
 
-def plan_swappable(adapters: Sequence[BoundAdapter], options: SwappableOptions) -> Swappable:
+def plan_swappable(base: Base, adapters: Sequence[BoundAdapter], options: SwappableOptions) -> Swappable:
     """The slot that takes each of some adapters.
 
     Raises:
-        UsageError: no adapter given.
+        UsageError: no adapter given, or one that scales a bias.
         ArtifactError: adapters that have no common shape.
     """
     if not adapters:
         raise UsageError(
             "--swappable needs an adapter, for its shapes: give one (random:tlora:2:6 has any), --blank it"
         )
-    return Swappable(joined_slot([adapter.layers for adapter in adapters]), options.blank)
+    slot = joined_slot([adapter.layers for adapter in adapters])
+    parameters = base.shapes()
+    for path, layer in slot.layers.items():
+        if layer.magnitude is not None and layer.magnitude.scales_bias and f"{path}.bias" in parameters:
+            raise UsageError(
+                f"{path}: an adapter scales the layer's bias, as (IA)³ does outside of feed-forward layers, and a swappable "
+                "model takes other weights only: export it merged, or --factored"
+            )
+    return Swappable(slot, options.blank)
 
 
 def merged_name(path: str) -> str:

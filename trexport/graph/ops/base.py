@@ -146,6 +146,32 @@ class ResidualOp(MemberOp):
         return 2.0 * rows * columns * self.rank
 
 
+class MagnitudeOp(MemberOp):
+    """The gain of one layer's outputs."""
+
+    @property
+    def fixed(self) -> Mapping[str, tuple[int, ...]]:
+        return self.shapes
+
+    @abstractmethod
+    def gain(self, body: Body, whole: ir.Value, values: list[ir.Value]) -> ir.Value:
+        """The gains, (out, 1), in the model's precision; with a leading axis in a stacked body.
+
+        Args:
+            whole: `W0·T + Δ`, (out, in), in the model's precision.
+        """
+
+    @property
+    def scales_bias(self) -> bool:
+        """Whether the bias takes the gain as well."""
+        return False
+
+    def bias_gain(self, body: Body, values: list[ir.Value]) -> ir.Value:
+        """The gains of a bias, (out,), in the model's precision, (stack, 1, out) in a stacked body. For members that scale
+        it."""
+        raise NotImplementedError(self.type)
+
+
 def pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros after the end of every axis. Raises `ValueError` where the tensor is larger."""
     if tensor.dim() != len(shape) or any(a > b for a, b in zip(tensor.shape, shape, strict=True)):

@@ -63,6 +63,10 @@ class Body:
         """From float32 to the model's precision."""
         return value if self.dtype == "fp32" else self.op("Cast", value, to=int(ONNX_DTYPES[self.dtype]))
 
+    def widen(self, value: ir.Value) -> ir.Value:
+        """From the model's precision to float32."""
+        return value if self.dtype == "fp32" else self.op("Cast", value, to=int(ir.DataType.FLOAT))
+
     def chain(
         self, cores: Sequence[ir.Value], shapes: Sequence[Sequence[int]], order: Sequence[str]
     ) -> tuple[ir.Value, dict[str, int]]:

@@ -2,13 +2,16 @@
 
     Y = X·W'ᵀ + B,   W' = W·(I + Σ_k s_k (T_k − I)) + Σ_k s_k Δ_k
 
+and where an adapter has a magnitude, whose gain G stands outside, `s_k (diag(G_k)·(W·T_k + Δ_k) − W)` in its stead; a bias
+that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
+
 | input | shape | type |
 |---|---|---|
 | X | (…, in) | T |
 | W | (out, in), as in torch | T |
 | B (where the layer has one) | (out,) | T |
 | for each adapter: strength | (1,) | float32 |
-| then the tensors of its transform and of its residual | see the members in `trexport.graph.ops` | float32 |
+| then the tensors of its transform, its residual, its magnitude | see the members in `trexport.graph.ops` | float32 |
 
 Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b] of its own, at its own strength:
 
@@ -19,7 +22,7 @@ Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b]
 | X, W, B | (batch, …, in) and as above | T |
 | index I | (batch,), or (1,) for all | int64, place in the stack |
 | strength s | (batch,), or (1,) for all | float32 |
-| then the tensors of the transforms and of the residuals | (adapters, …): stacked | float32 |
+| then the tensors of the transforms, the residuals, the magnitudes | (adapters, …): stacked | float32 |
 
 Output Y (…, out), type T. T is float, float16 or bfloat16: that of the artifact, for which the functions are written. The
 name tells the members with their ranks, the layer's shape and the path (see `trexport.graph.ops.plan`); layers that agree in
@@ -28,7 +31,7 @@ all of it share one function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -38,6 +41,7 @@ from trexport.graph.ops import DOMAIN
 from trexport.graph.ops.body import Body
 from trexport.graph.ops.plan import Path
 from trexport.graph.ops.slots import INDEX, STRENGTH, LayerSlot
+from trexport.graph.ops.weight import weight_change
 from trexport.io_spec import Dtype
 
 
@@ -82,15 +86,16 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
         if index is not None:
             scale = body.reshape(scale, [-1, 1, 1])
             values = [body.op("Gather", value, index, axis=0) for value in values]
-        split = len(slot.transform.shapes) if slot.transform is not None else 0
-        slots.append((slot, scale, values[:split], values[split:]))
+        slots.append((slot, scale, slot.split(values)))
     rank, flat = signature.rank, signature.bank and signature.rank == 2
     if flat:  # (batch, in): a row a sample
         x, rank = body.op("Unsqueeze", x, body.ints([1])), 3
     if signature.path == "weight":
         y = body.matmul(x, body.turn(_rebuilt(body, weight, slots), [1, 0]))
         added = None
+        bias = None if bias is None else _gained(body, bias, slots)
     else:
+        assert not any(slot.magnitude for slot, _, _ in slots), "a gain stands outside: see plan_layer"
         moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots, rank)
         y = body.matmul(moved, body.transpose(weight, [1, 0]))
     if bias is not None:
@@ -106,16 +111,16 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
     return function
 
 
-_Slot = tuple[LayerSlot, ir.Value, list[ir.Value], list[ir.Value]]
-"""A slot, its strength, the tensors of its transform and those of its residual."""
+_Slot = tuple[LayerSlot, ir.Value, Mapping[str, list[ir.Value]]]
+"""A slot, its strength, and its tensors by part."""
 
 
 def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense: bool) -> ir.Value:
     """`x + Σ s (T·x − x)`: at strength zero x itself, to the last bit."""
     moved = x
-    for slot, strength, values, _ in slots:
+    for slot, strength, values in slots:
         if slot.transform is not None:
-            turned = slot.transform.activations(body, x, rank, values, dense=dense)
+            turned = slot.transform.activations(body, x, rank, values["transform"], dense=dense)
             step = body.op("Mul", body.op("Sub", turned, x), strength)
             moved = body.op("Add", moved, step)
     return moved
@@ -124,26 +129,32 @@ def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense:
 def _added(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int) -> ir.Value | None:
     """`Σ s Δ·x`."""
     added: ir.Value | None = None
-    for slot, strength, _, values in slots:
+    for slot, strength, values in slots:
         if slot.residual is not None:
-            step = slot.residual.apply(body, x, rank, values, strength)
+            step = slot.residual.apply(body, x, rank, values["residual"], strength)
             added = step if added is None else body.op("Add", added, step)
     return added
 
 
 def _rebuilt(body: Body, weight: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
-    """`W + Σ s (W·T − W + Δ)`: at strength zero W itself, to the last bit."""
+    """`W + Σ s (W' − W)`: at strength zero W itself, to the last bit."""
     rebuilt = weight
-    for slot, strength, of_transform, of_residual in slots:
-        change: ir.Value | None = None
-        if slot.transform is not None:
-            change = body.op("Sub", slot.transform.weight(body, weight, of_transform), weight)
-        if slot.residual is not None:
-            delta = slot.residual.delta(body, of_residual)
-            change = delta if change is None else body.op("Add", change, delta)
+    for slot, strength, values in slots:
+        change = weight_change(body, weight, slot, values)
         if change is not None:
             rebuilt = body.op("Add", rebuilt, body.op("Mul", change, strength))
     return rebuilt
+
+
+def _gained(body: Body, bias: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
+    """`B + Σ s (G·B − B)` over the adapters that scale the bias."""
+    gained = bias
+    for slot, strength, values in slots:
+        if slot.magnitude is not None and slot.magnitude.scales_bias:
+            gain = slot.magnitude.bias_gain(body, values["magnitude"])
+            change = body.op("Sub", body.op("Mul", gain, bias), bias)
+            gained = body.op("Add", gained, body.op("Mul", change, strength))
+    return gained
 
 
 def _documentation(signature: LinearSignature) -> str:

@@ -2,7 +2,8 @@
 
 Three ways give the same result. `activations` applies the transform's cores to the activations; `dense` forms T once and
 multiplies the activations with it; `weight` rebuilds the adapted weight. The first two keep the residual as two thin
-products beside the layer. Which is cheapest depends on the tokens that a layer sees against its width.
+products beside the layer. The gain of a magnitude stands outside of both: such layers take the third. Which is cheapest
+depends on the tokens that a layer sees against its width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, final
 
+from trexport.errors import UsageError
 from trexport.graph.ops.slots import LayerSlot
 
 Path = Literal["activations", "dense", "weight"]
@@ -73,10 +75,19 @@ def plan_layer(
         tokens: rows of activations.
         forced: take this path whatever it costs.
         samples: that have an adapter each, in a bank: T or the weight is then formed for every one.
+
+    Raises:
+        UsageError: another path than `weight` is forced on a layer with a magnitude.
     """
+    paths: tuple[Path, ...] = ("weight",) if any(slot.magnitude for slot in slots) else PATHS
+    if forced is not None and forced not in paths:
+        raise UsageError(
+            f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) stands outside of the adapted product, so its layers "
+            "rebuild their weight; leave it to the plan, or give --path weight"
+        )
     each = -(-tokens // samples)
-    costs = {path: round(1e3 * samples * _seconds(path, slots, shape, each, model), 6) for path in PATHS}
-    return LayerPlan(forced or min(PATHS, key=lambda path: costs[path]), tokens, costs)
+    costs = {path: round(1e3 * samples * _seconds(path, slots, shape, each, model), 6) for path in paths}
+    return LayerPlan(forced or min(paths, key=lambda path: costs[path]), tokens, costs)
 
 
 def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tokens: int, model: CostModel) -> float:
@@ -95,6 +106,8 @@ def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tok
             else:
                 flops, moved = slot.residual.work(tokens), float(tokens) * (columns + 3 * rows)
             seconds += flops / model.thin_flops_per_second + moved / model.elements_per_second
+        if slot.magnitude is not None:
+            seconds += 6.0 * rows * columns / model.elements_per_second
     if path == "weight":
         seconds += 2.0 * rows * columns / model.elements_per_second  # the runtime cannot prepare the weight beforehand
     return seconds

@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, final
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from trexport.errors import ArtifactError
-from trexport.graph.ops import RESIDUAL_OPS, TRANSFORM_OPS, MemberOp, ResidualOp, TransformOp
+from trexport.graph.ops import (
+    MAGNITUDE_OPS,
+    RESIDUAL_OPS,
+    TRANSFORM_OPS,
+    MagnitudeOp,
+    MemberOp,
+    ResidualOp,
+    TransformOp,
+)
 from trexport.graph.ops.low_rank import LowRankOp
 from trlora import LayerAdapter
 from trlora.errors import nearest
@@ -26,29 +35,27 @@ class LayerSlot:
 
     transform: TransformOp | None
     residual: ResidualOp | None
+    magnitude: MagnitudeOp | None = None
 
     @classmethod
     def of(cls, adapter: LayerAdapter) -> Self:
         """The slot that an adapter of a layer needs.
 
         Raises:
-            ArtifactError: it has a magnitude, which no graph takes.
+            ArtifactError: no graph takes one of its parts.
         """
-        transform, residual = adapter.transform, adapter.residual
-        if not adapter.magnitude.trivial:
-            raise ArtifactError(
-                f"a {adapter.spec.magnitude.type!r} magnitude, which no graph keeps apart: export it merged"
-            )
+        transform, residual, magnitude = adapter.transform, adapter.residual, adapter.magnitude
         return cls(
             None if transform.trivial else TRANSFORM_OPS[adapter.spec.transform.type].of(transform),
             None if residual.trivial else RESIDUAL_OPS[adapter.spec.residual.type].of(residual),
+            None if magnitude.trivial else MAGNITUDE_OPS[adapter.spec.magnitude.type].of(magnitude),
         )
 
     def joined(self, other: LayerSlot) -> Self:
         """The smallest slot that takes what either takes; residuals of different types meet as low-rank maps, exactly.
 
         Raises:
-            ArtifactError: their transforms have no common shape.
+            ArtifactError: their transforms, or their magnitudes, have no common shape.
         """
         transform, residual = self.transform or other.transform, self.residual or other.residual
         if self.transform is not None and other.transform is not None:
@@ -58,13 +65,21 @@ class LayerSlot:
                 residual = self.residual.joined(other.residual)
             except ArtifactError:
                 residual = LowRankOp.holding([self.residual, other.residual])
-        return type(self)(transform, residual)
+        magnitude = self.magnitude or other.magnitude
+        if self.magnitude is not None and other.magnitude is not None:
+            magnitude = self.magnitude.joined(other.magnitude)
+        return type(self)(transform, residual, magnitude)
 
     @property
     def parts(self) -> dict[str, MemberOp]:
         """The members that are there, by their part of a key."""
-        found = {"transform": self.transform, "residual": self.residual}
+        found = {"transform": self.transform, "residual": self.residual, "magnitude": self.magnitude}
         return {part: op for part, op in found.items() if op is not None}
+
+    def split(self, values: Sequence[ir.Value]) -> dict[str, list[ir.Value]]:
+        """Values in the order of `names`, by part."""
+        rest = iter(values)
+        return {part: [next(rest) for _ in op.shapes] for part, op in self.parts.items()}
 
     def names(self) -> list[str]:
         """The inputs in their order, as a checkpoint names them below a layer's path."""
@@ -84,6 +99,7 @@ class LayerSlot:
         given = {
             "transform": (adapter.transform, adapter.spec.transform.type),
             "residual": (adapter.residual, adapter.spec.residual.type),
+            "magnitude": (adapter.magnitude, adapter.spec.magnitude.type),
         }
         for part, (member, kind) in given.items():
             if member.trivial:
@@ -152,7 +168,11 @@ class Slot:
             return registry[entry["type"]]({name: tuple(shape) for name, shape in entry["shapes"].items()})
 
         layers = {
-            path: LayerSlot(op(parts.get("transform"), TRANSFORM_OPS), op(parts.get("residual"), RESIDUAL_OPS))
+            path: LayerSlot(
+                op(parts.get("transform"), TRANSFORM_OPS),
+                op(parts.get("residual"), RESIDUAL_OPS),
+                op(parts.get("magnitude"), MAGNITUDE_OPS),
+            )
             for path, parts in fields["layers"].items()
         }
         return cls(fields["prefix"], layers)

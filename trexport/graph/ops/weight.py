@@ -1,13 +1,15 @@
 """`ai.trlora::MergedWeight_…`, the operator that merges adapters into a weight: what `merge.onnx` of a swappable artifact is
 made of.
 
-    W' = W + Σ_k s_k (W·(T_k − I) + Δ_k)
+    W' = W + Σ_k s_k (diag(G_k)·(W·T_k + Δ_k) − W)
+
+G_k is the gain of an adapter's magnitude, one where it has none.
 
 | input | shape | type |
 |---|---|---|
 | W | (out, in), or of a convolution (out, in/groups, height, width), as in torch | T |
 | strength | (adapters,) | float32 |
-| then the tensors of the transforms and of the residuals | (adapters, …): stacked | float32 |
+| then the tensors of the transforms, the residuals, the magnitudes | (adapters, …): stacked | float32 |
 
 Output Y, of the shape of W, type T: computed in float32 and cast once. T is float, float16 or bfloat16. At strength zero it
 is W, to the last bit (but for the sign of a zero). The tensors of each member: see `trexport.graph.ops`.
@@ -16,6 +18,7 @@ is W, to the last bit (but for the sign of a zero). The tensors of each member: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -47,18 +50,12 @@ def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Fun
     body, slot = Body("fp32", stacked=True), signature.slot
     weight, strength = ir.val("W"), ir.val(STRENGTH)
     values = [ir.val(key.replace(".", "_")) for key in slot.names()]
-    split = len(slot.transform.shapes) if slot.transform is not None else 0
     half = signature.dtype != "fp32"
     wide = body.op("Cast", weight, to=int(ONNX_DTYPES["fp32"])) if half else weight
     rows, columns, kernel = signature.shape[0], math.prod(signature.shape[1:]), signature.shape[2:]
     if kernel:  # as a matrix
         wide = body.reshape(wide, [rows, columns])
-    change: ir.Value | None = None
-    if slot.transform is not None:
-        change = body.op("Sub", slot.transform.weight(body, wide, values[:split]), wide)
-    if slot.residual is not None:
-        delta = slot.residual.delta(body, values[split:])
-        change = delta if change is None else body.op("Add", change, delta)
+    change = weight_change(body, wide, slot, slot.split(values))
     assert change is not None
     # scaled and summed as one product, (1, adapters) · (adapters, out·in): an eighth of the time of Mul and ReduceSum
     total = body.matmul(body.reshape(strength, [1, -1]), body.reshape(change, [-1, rows * columns]))
@@ -73,8 +70,30 @@ def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Fun
     shapes = [f"{part} {op.type}: {dict(op.shapes)}" for part, op in slot.parts.items()]
     function.doc_string = "\n".join(
         [
-            "Y = W + sum_k s_k (W (T_k - I) + Delta_k), adapters along the first axis of each tensor; of one adapter:",
+            "Y = W + sum_k s_k (diag(G_k) (W T_k + Delta_k) - W), adapters along the first axis of each tensor; of one:",
             *shapes,
         ]
     )
     return function
+
+
+def weight_change(
+    body: Body, weight: ir.Value, slot: LayerSlot, values: Mapping[str, list[ir.Value]]
+) -> ir.Value | None:
+    """`diag(G)·(W·T + Δ) − W` of one slot, (out, in), with a leading axis in a stacked body; None for a slot without parts.
+
+    Args:
+        weight: W as a matrix.
+        values: the slot's tensors, by part.
+    """
+    change: ir.Value | None = None
+    if slot.transform is not None:
+        change = body.op("Sub", slot.transform.weight(body, weight, values["transform"]), weight)
+    if slot.residual is not None:
+        delta = slot.residual.delta(body, values["residual"])
+        change = delta if change is None else body.op("Add", change, delta)
+    if slot.magnitude is not None:
+        whole = weight if change is None else body.op("Add", weight, change)
+        gain = slot.magnitude.gain(body, whole, values["magnitude"])
+        change = body.op("Sub", body.op("Mul", gain, whole), weight)
+    return change
