@@ -26,7 +26,7 @@ from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.sample import sample_of
-from trexport.models.unet import layers_of
+from trexport.models.unet import layers_of, scaled_biases
 from trexport.pristine import copy_of, stored_weights
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -77,6 +77,8 @@ def build_engine(
     if manifest.kind == "engine":
         raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
     options = backend.check(options, manifest.form)
+    if options.refit is not None:
+        check_weights_only(base, adapters)
     _check_multiples(options, base)
     check_free(out, overwrite=overwrite)
     source = source_for(artifact, base, adapters, backend)
@@ -126,6 +128,16 @@ def build_engine(
         )
         built.write(folder)
     return built, report
+
+
+def check_weights_only(base: Base, adapters: Sequence[BoundAdapter]) -> None:
+    """Raises `UsageError` for adapters that change a bias: a refit sets weights."""
+    biases = scaled_biases(base, adapters)
+    if biases:
+        raise UsageError(
+            f"{biases[0]}: an adapter scales it, as (IA)³ does outside of feed-forward layers, and a refit sets weights "
+            "only: build without --refit"
+        )
 
 
 def _check_multiples(options: EngineOptions, base: Base) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trexport.artifact import Artifact
 from trexport.backends import EngineFile, OnnxFile, engine_backend_of
-from trexport.engine import source_for
+from trexport.engine import check_weights_only, source_for
 from trexport.errors import ArtifactError, UsageError
 from trexport.hashing import sha256_of_file
 from trexport.io_spec import Dtype
@@ -35,9 +35,13 @@ def refit_weights(
         old_layers: the module paths that the engine's present adapters are on.
         dtype: of the engine's weights, `fp32`, `fp16` or `bf16`.
 
+    Raises:
+        UsageError: an adapter changes a bias.
+
     Returns:
         `<path>.weight` → (out, in), contiguous, on the CPU.
     """
+    check_weights_only(base, adapters)
     new = layers_of(adapters)
     pristine = {entry.name: file for file in base.weights for entry in file.entries}
     weights: dict[str, Tensor] = {}

@@ -106,6 +106,16 @@ def layers_of(adapters: Sequence[BoundAdapter]) -> dict[str, list[tuple[Any, flo
     return layers
 
 
+def scaled_biases(base: Base, adapters: Sequence[BoundAdapter]) -> list[str]:
+    """The biases of the base that adapters change, by parameter name: what a change of weights alone does not carry."""
+    parameters = base.shapes()
+    return [
+        f"{path}.bias"
+        for path, pairs in layers_of(adapters).items()
+        if f"{path}.bias" in parameters and any(adapter.magnitude.scales_bias for adapter, _ in pairs)
+    ]
+
+
 def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
     """How many rows each of some linear layers sees in one step: tokens times samples. Computed from shapes alone.
 
