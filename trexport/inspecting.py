@@ -14,15 +14,15 @@ from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import engine_backend_of
 from trexport.errors import TrexportError
+from trexport.formats import is_adapter, looks_like, read_adapter, widths_of
 from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
-from trlora import Adapter, load_adapter
+from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from trlora.config import FORMAT
 
 
 @final
@@ -83,10 +83,12 @@ def _folder(name: str, path: Path, progress: Progress) -> Inspection:
 
 
 def _adapter(name: str, path: Path) -> Inspection:
-    adapter = load_adapter(path)
+    adapter = read_adapter(path)
     config = adapter.config
     facts = {
+        "format": adapter.format,
         "method": method_of(adapter),
+        "ranks": ranks_of(adapter),
         "default": config.default.to_dict(),
         "overrides": len(config.overrides),
         "strength": config.strength,
@@ -94,31 +96,53 @@ def _adapter(name: str, path: Path) -> Inspection:
         "parameters": adapter.parameters,
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
+        "looks_like": looks_like(widths_of(adapter.layers)),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }
     rows = []
     for layer, parts in adapter.layers.items():
-        tensors = [tensor for part in (parts.transform, parts.residual) if part for tensor in part.parameters()]
+        tensors = [tensor for part in parts.members.values() for tensor in part.parameters()]
         shapes = " ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
-        outputs = "any" if parts.out_features is None else parts.out_features
-        rows.append((layer, f"{parts.in_features} → {outputs}", sum(t.numel() for t in tensors), shapes))
+        inputs, outputs = ("any" if n is None else n for n in (parts.in_features, parts.out_features))
+        rows.append((layer, f"{inputs} → {outputs}", sum(t.numel() for t in tensors), shapes))
     return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
+
+
+_METHODS = {
+    ("tensor_ring", "tensor_ring", "none"): "TLoRA({t},{r})",
+    ("tensor_ring", "low_rank", "none"): "TLoRA*({t},{r})",
+    ("identity", "low_rank", "none"): "LoRA({r})",
+    ("identity", "low_rank", "norm"): "DoRA({r})",
+    ("identity", "tensor_ring", "none"): "LoRETTA-like({r})",
+    ("identity", "hadamard", "none"): "LoHa({r})",
+    ("identity", "kronecker", "none"): "LoKr({r})",
+    ("diagonal", "low_rank", "none"): "DoRA without its norm({r})",
+    ("block_orthogonal", "none", "none"): "OFT({b})",
+    ("butterfly", "none", "scale"): "BOFT({b})",
+    ("householder", "none", "none"): "HRA({t})",
+    ("diagonal", "none", "none"): "(IA)³",
+    ("identity", "none", "scale"): "(IA)³",
+}
+"""Methods by the types of transform, residual and magnitude."""
 
 
 def method_of(adapter: Adapter) -> str:
     """The name of the method, from its transform and residual."""
     spec = adapter.config.default.to_dict()
-    transform, residual = spec["transform"], spec["residual"]
-    known = {
-        ("tensor_ring", "tensor_ring"): "TLoRA({t},{r})",
-        ("tensor_ring", "low_rank"): "TLoRA*({t},{r})",
-        ("identity", "low_rank"): "LoRA({r})",
-        ("identity", "tensor_ring"): "LoRETTA-like({r})",
-        ("diagonal", "low_rank"): "DoRA without its norm({r})",
-        ("block_orthogonal", "none"): "OFT({b})",
-    }
-    pattern = known.get((transform["type"], residual["type"]), f"{transform['type']} + {residual['type']}")
+    transform, residual, magnitude = spec["transform"], spec["residual"], spec.get("magnitude", {"type": "none"})
+    types = (transform["type"], residual["type"], magnitude["type"])
+    pattern = _METHODS.get(types, " + ".join(kind for kind in types if kind not in ("identity", "none")))
     return pattern.format(t=transform.get("rank"), r=residual.get("rank"), b=transform.get("block_size"))
+
+
+def ranks_of(adapter: Adapter) -> list[int]:
+    """The ranks of its layers, of residuals or, where those have none, of transforms; rings with several are left out."""
+    found = set()
+    for parts in adapter.layers.values():
+        spec = parts.spec.to_dict()
+        rank = spec["residual"].get("rank") or spec["transform"].get("rank")
+        found |= {rank} if isinstance(rank, int) else set()
+    return sorted(found)
 
 
 def _unet(name: str, progress: Progress) -> Inspection:
@@ -245,11 +269,11 @@ def _safetensors(name: str, path: Path) -> Inspection:
         keys = list(reader.keys())
         shapes = {key: reader.get_slice(key).get_shape() for key in keys}
         dtypes = {key: reader.get_slice(key).get_dtype() for key in keys}
-    if FORMAT in metadata:
+    if is_adapter(path):
         return _adapter(name, path)
     facts = {"tensors": len(keys), "metadata": metadata, "sha256": sha256_of_file(path)}
     rows = [(key, dtypes[key], "×".join(map(str, shapes[key]))) for key in keys]
-    return Inspection(name, "safetensors, no adapter of trlora", facts, ("tensor", "dtype", "shape"), rows)
+    return Inspection(name, "safetensors, no adapter that is known", facts, ("tensor", "dtype", "shape"), rows)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 from trexport.formats.base import AdapterFormat as AdapterFormat
 from trexport.formats.content import Content as Content
 from trexport.formats.content import listed, read_content
+from trexport.formats.looks import looks_like as looks_like
+from trexport.formats.looks import widths_of as widths_of
 from trexport.formats.peft import PeftFormat
 from trexport.formats.trlora import TrloraFormat
 from trlora import Adapter, CheckpointError
@@ -15,6 +17,12 @@ from trlora.checkpoint import CONFIG_NAME
 
 FORMATS: list[AdapterFormat] = [TrloraFormat(), PeftFormat()]
 """The first that recognises a content reads it."""
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a format knows a file or folder, damaged or not. Raises `CheckpointError` for one that cannot be opened."""
+    content = read_content(path)
+    return any(adapter_format.recognises(content) for adapter_format in FORMATS)
 
 
 def read_adapter(path: Path) -> Adapter:

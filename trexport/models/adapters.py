@@ -13,11 +13,11 @@ from typing import Any, Protocol, final
 import torch
 
 from trexport.errors import TrexportError, UsageError
-from trexport.formats import read_adapter
+from trexport.formats import looks_like, read_adapter, widths_of
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
 from trexport.models.base import sample_folder
-from trlora import Adapter, AdapterConfig, AdapterSpec, LayerAdapter, LayerParts
+from trlora import Adapter, AdapterConfig, AdapterSpec, CheckpointError, LayerAdapter, LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
 
@@ -76,8 +76,21 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
             adapter = read_adapter(path)
             digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
         chosen = adapter.config.strength if strength is None else strength
-        bound.append(BoundAdapter(name, adapter, adapter.bind(base.weight_shapes()), chosen, digest))
+        bound.append(BoundAdapter(name, adapter, _bind(adapter, base), chosen, digest))
     return bound
+
+
+def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
+    shapes = base.weight_shapes()
+    try:
+        return adapter.bind(shapes)
+    except CheckpointError as error:
+        wanted = looks_like(widths_of(adapter.layers))
+        found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})
+        if wanted is None or wanted == found:
+            raise
+        there = "" if found is None else f", {base.name} like {found}"
+        raise CheckpointError(f"{error}\nthe adapter looks like one for {wanted}{there}") from error
 
 
 def split_strength(argument: str) -> tuple[str, float | None]:
