@@ -14,14 +14,13 @@ from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import engine_backend_of
 from trexport.errors import TrexportError
-from trexport.formats import is_adapter, looks_like, read_adapter, widths_of
+from trexport.formats import is_adapter, looks_like, method_of, ranks_of, read_adapter, widths_of
 from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
-from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -106,43 +105,6 @@ def _adapter(name: str, path: Path) -> Inspection:
         inputs, outputs = ("any" if n is None else n for n in (parts.in_features, parts.out_features))
         rows.append((layer, f"{inputs} → {outputs}", sum(t.numel() for t in tensors), shapes))
     return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
-
-
-_METHODS = {
-    ("tensor_ring", "tensor_ring", "none"): "TLoRA({t},{r})",
-    ("tensor_ring", "low_rank", "none"): "TLoRA*({t},{r})",
-    ("identity", "low_rank", "none"): "LoRA({r})",
-    ("identity", "low_rank", "norm"): "DoRA({r})",
-    ("identity", "tensor_ring", "none"): "LoRETTA-like({r})",
-    ("identity", "hadamard", "none"): "LoHa({r})",
-    ("identity", "kronecker", "none"): "LoKr({r})",
-    ("diagonal", "low_rank", "none"): "DoRA without its norm({r})",
-    ("block_orthogonal", "none", "none"): "OFT({b})",
-    ("butterfly", "none", "scale"): "BOFT({b})",
-    ("householder", "none", "none"): "HRA({t})",
-    ("diagonal", "none", "none"): "(IA)³",
-    ("identity", "none", "scale"): "(IA)³",
-}
-"""Methods by the types of transform, residual and magnitude."""
-
-
-def method_of(adapter: Adapter) -> str:
-    """The name of the method, from its transform and residual."""
-    spec = adapter.config.default.to_dict()
-    transform, residual, magnitude = spec["transform"], spec["residual"], spec.get("magnitude", {"type": "none"})
-    types = (transform["type"], residual["type"], magnitude["type"])
-    pattern = _METHODS.get(types, " + ".join(kind for kind in types if kind not in ("identity", "none")))
-    return pattern.format(t=transform.get("rank"), r=residual.get("rank"), b=transform.get("block_size"))
-
-
-def ranks_of(adapter: Adapter) -> list[int]:
-    """The ranks of its layers, of residuals or, where those have none, of transforms; rings with several are left out."""
-    found = set()
-    for parts in adapter.layers.values():
-        spec = parts.spec.to_dict()
-        rank = spec["residual"].get("rank") or spec["transform"].get("rank")
-        found |= {rank} if isinstance(rank, int) else set()
-    return sorted(found)
 
 
 def _unet(name: str, progress: Progress) -> Inspection:

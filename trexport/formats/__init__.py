@@ -8,6 +8,8 @@ from pathlib import Path
 from trexport.formats.base import AdapterFormat as AdapterFormat
 from trexport.formats.content import Content as Content
 from trexport.formats.content import listed, read_content
+from trexport.formats.describe import method_of as method_of
+from trexport.formats.describe import ranks_of as ranks_of
 from trexport.formats.looks import looks_like as looks_like
 from trexport.formats.looks import widths_of as widths_of
 from trexport.formats.peft import PeftFormat

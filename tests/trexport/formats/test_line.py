@@ -25,6 +25,7 @@ from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, Base
 from trexport.models.unet import load_unet, random_feeds
 from trexport.parity.metrics import relative_l2
+from trexport.refit import refit_weights
 from trexport.session import Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:RuntimeWarning")
@@ -129,3 +130,5 @@ def test_what_a_form_cannot_carry_is_said_before_anything_is_written(
         with pytest.raises(UsageError, match=words):
             export_onnx(base, open_adapters([str(adapters[name])], base), tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="refit sets weights only"):
+        refit_weights(base, [], open_adapters([str(adapters["ia3"])], base), "fp32")
