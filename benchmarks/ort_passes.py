@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast, final
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.ort_graph import PASSES, ort_graph
 from trexport.io_spec import Dtype, default_sizes
 from trexport.models.base import Base, open_base
-from trexport.models.unet import DTYPES, call_unet, load_unet, random_feeds
+from trexport.models.unet import DTYPES, random_feeds
 from trexport.parity.metrics import relative_l2
+from trexport.parity.reference import Reference
 
 ON_CPU = ("neutral", "multi_head_attention", "skip_layer_norm")
 _TOGETHER = ("nhwc_conv", "transposes")
@@ -53,6 +55,8 @@ class Row:
 def rows(device: Device) -> list[Row]:
     """The file as it is, each pass on top of those before it, and what options of the provider change then."""
     found = [Row("as exported", ())]
+    if device == "cuda":
+        found.append(Row("as exported, biases fused", (), {"fuse_conv_bias": "1"}))
     chosen: tuple[str, ...] = ()
     for name in PASSES if device == "cuda" else ON_CPU:
         chosen += (name,)
@@ -88,7 +92,7 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype) -> dict[str, Any
     artifact = open_artifact(folder / "onnx", verify=False)
     source = OnnxFile(artifact.onnx_path, artifact.manifest.io)
     feeds = random_feeds(source.spec, source.spec.fixed_sizes(), seed=0)
-    expected = reference(base, feeds, device)
+    expected = Reference(base, [], device).adapted(feeds)
     fields: dict[str, Any] = {"dtype": dtype, "opset": artifact.manifest.opset, "rows": []}
     for row in rows(device):
         entry: dict[str, Any] = {**asdict(row), "replaced": dict(ort_graph(source.path, row.passes).replaced)}
@@ -120,30 +124,15 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype) -> dict[str, Any
     return fields
 
 
-def reference(base: Base, feeds: Mapping[str, Tensor], device: Device) -> Tensor:
-    """float32 in eager PyTorch."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = load_unet(base).to(device)
-    with torch.inference_mode():
-        wide = {name: tensor.to(device, DTYPES["fp32"]) for name, tensor in feeds.items()}
-        return call_unet(model, wide).cpu()
-
-
 def nodes_left(path: Path, passes: Sequence[str]) -> dict[str, int]:
     """The nodes of the rewritten graph by operator, less those on initialisers, which are folded."""
-    model = ir.from_proto(_proto(ort_graph(path, passes).model))
+    model = ir.from_proto(onnx.load_from_string(ort_graph(path, passes).model))
     found = Counter(
         node.op_type
         for node in model.graph
         if any(value is not None and not value.is_initializer() for value in node.inputs)
     )
     return dict(found.most_common())
-
-
-def _proto(model: bytes) -> Any:
-    import onnx
-
-    return onnx.load_from_string(model)
 
 
 def kernels(step: Step) -> dict[str, float]:

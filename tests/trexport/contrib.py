@@ -1,5 +1,5 @@
-"""ONNX Runtime's operators that have kernels on CUDA only, by their descriptions in its docs/ContribOperators.md, computed by
-torch in float64: an oracle that ONNX's reference evaluator takes."""
+"""ONNX Runtime's operators, of which most have kernels on CUDA only, by their descriptions in its docs/ContribOperators.md,
+computed by torch in float64: an oracle that ONNX's reference evaluator takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def wide(value: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(value)).double()
+    return torch.from_numpy(np.array(value)).double()
 
 
 def narrow(value: Tensor, like: Any) -> np.ndarray:
@@ -39,7 +39,7 @@ class GroupNorm(_Contrib):
 
 
 class SkipGroupNorm(_Contrib):
-    def _run(self, x, gamma, beta, skip, bias=None, activation=None, channels_last=None, epsilon=None, groups=None):  # type: ignore[no-untyped-def]
+    def _run(self, x, gamma, beta, skip, bias=None, activation=0, channels_last=1, epsilon=1e-5, groups=1):  # type: ignore[no-untyped-def]
         assert channels_last == 1
         assert skip.shape in (x.shape, (x.shape[0], 1, 1, x.shape[3]), (x.shape[0], x.shape[3]))
         added = wide(skip)[:, None, None, :] if skip.ndim == 2 else wide(skip)
@@ -55,13 +55,13 @@ def _normalised(image: Tensor, gamma: Any, beta: Any, activation: int, epsilon: 
 
 class NhwcConv(_Contrib):
     def _run(  # type: ignore[no-untyped-def]
-        self, x, w, b, auto_pad=None, dilations=None, group=None, kernel_shape=None, pads=None, strides=None
+        self, x, w, b, auto_pad=None, dilations=(1, 1), group=1, kernel_shape=(), pads=(0, 0, 0, 0), strides=(1, 1)
     ):
         assert auto_pad in (None, "NOTSET")
         assert pads[:2] == pads[2:]
         weight = first(w)  # (M, kH, kW, C / group)
         assert list(weight.shape[2:]) == list(kernel_shape)
-        y = F.conv2d(first(x), weight, wide(b), tuple(strides), tuple(pads[:2]), tuple(dilations), group)
+        y = F.conv2d(first(x), weight, wide(b), tuple(strides), tuple(pads[:2]), tuple(dilations), group or 1)
         return (narrow(y.permute(0, 2, 3, 1), x),)
 
 
@@ -80,7 +80,7 @@ class BiasAdd(_Contrib):
 
 
 class SkipLayerNormalization(_Contrib):
-    def _run(self, x, skip, gamma, beta, bias=None, epsilon=None):  # type: ignore[no-untyped-def]
+    def _run(self, x, skip, gamma, beta, bias=None, epsilon=1e-5):  # type: ignore[no-untyped-def]
         total = wide(x) + wide(skip) + (0 if bias is None else wide(bias))
         y = F.layer_norm(total, total.shape[-1:], wide(gamma), wide(beta), epsilon)
         nothing = np.zeros(0, dtype=np.float32)
@@ -106,7 +106,7 @@ OPERATORS: list[type[OpRun]] = [
 ]
 
 
-def evaluated(model: onnx.ModelProto, feeds: dict[str, Tensor]) -> Tensor:
-    """The first output, by ONNX's reference evaluator."""
-    results = list(ReferenceEvaluator(model, new_ops=OPERATORS).run(None, {k: v.numpy() for k, v in feeds.items()}))
-    return torch.from_numpy(np.asarray(results[0]))
+def evaluated(model: onnx.ModelProto, feeds: dict[str, Tensor]) -> list[Tensor]:
+    """The outputs, by ONNX's reference evaluator."""
+    results = ReferenceEvaluator(model, new_ops=OPERATORS).run(None, {k: v.numpy() for k, v in feeds.items()})
+    return [torch.from_numpy(np.array(result)) for result in results]

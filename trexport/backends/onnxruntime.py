@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -29,9 +29,6 @@ _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExe
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
 # what ONNX Runtime says where an operator has no kernel for a precision, the last one on CUDA
 _NO_KERNEL = ("NOT_IMPLEMENTED", "Could not find an implementation", "Provider type for")
-# what the provider has to know of a graph with its own operators: convolutions add their bias themselves, and layer
-# normalisations, which otherwise sum in half precision, sum in float32
-_FUSED_OPTIONS = {"fuse_conv_bias": "1", "enable_skip_layer_norm_strict_mode": "1"}
 # onnx.TensorProto.DataType
 _ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 
@@ -203,13 +200,27 @@ class _OnnxRuntimeRunner(Runner):
         self._session: Any = self._open()
 
     def _open(self, sizes: Mapping[str, int] | None = None, *, graph: bool = False) -> Any:
-        if self._graph is not None and self._graph.replaced:
-            # its images have their channels last already
-            options = {"nhwc": False, "provider": _FUSED_OPTIONS | dict(self._provider), "folder": self._path.parent}
-            return open_session(self._graph.model, self.device, sizes=sizes, graph=graph, **options)
         nhwc = all(tensor.dtype != "bf16" for tensor in self.spec.inputs)
-        options = {"nhwc": nhwc, "provider": self._provider}
-        return open_session(str(self._path), self.device, sizes=sizes, graph=graph, **options)
+        if self._graph is None:
+            return open_session(
+                str(self._path), self.device, sizes=sizes, graph=graph, nhwc=nhwc, provider=self._provider
+            )
+        # without it they sum in half precision
+        provider = {"enable_skip_layer_norm_strict_mode": "1"}
+        if self._graph.replaced.get("nhwc_conv"):
+            nhwc = False  # they are already, and nothing else is to change its layout
+            provider["fuse_conv_bias"] = (
+                "1"  # else added by a kernel of its own; with channels first, no graph holds it
+            )
+        return open_session(
+            self._graph.model,
+            self.device,
+            folder=self._path.parent,
+            sizes=sizes,
+            graph=graph,
+            nhwc=nhwc,
+            provider=provider | dict(self._provider),
+        )
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = self._bind(self._session, feeds)
@@ -219,8 +230,9 @@ class _OnnxRuntimeRunner(Runner):
         return dict(step.outputs)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
+        rewritten = None if self._graph is None else f"rewritten, places by pass: {self._graph}"
         if self.device == "cpu":
-            return self._bind(self._session, feeds)
+            return replace(self._bind(self._session, feeds), note=rewritten)
         self._session = None  # one copy of the weights at a time
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # the default stream cannot be captured
@@ -249,8 +261,8 @@ class _OnnxRuntimeRunner(Runner):
             inner.run()
             torch.cuda.current_stream().wait_stream(stream)
 
-        notes = [note, None if self._graph is None else f"rewritten for CUDA, places by pass: {self._graph}"]
-        return Step(run, inner.inputs, inner.outputs, "; ".join(text for text in notes if text) or None)
+        notes = "; ".join(text for text in (note, rewritten) if text is not None)
+        return Step(run, inner.inputs, inner.outputs, notes or None)
 
     def close(self) -> None:
         self._session = None
