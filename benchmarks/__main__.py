@@ -14,6 +14,7 @@ from benchmarks import (
     forms_sd15,
     merge_sd15,
     onnx_sd15,
+    ort_passes,
     step_gpu,
     triton_serving,
 )
@@ -42,6 +43,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
         True,
         forms_gpu.main,
+    ),
+    "ort-passes": (
+        "random:sd15 in ONNX Runtime CUDA, fp16: what each graph pass gains, and what is left",
+        True,
+        ort_passes.main,
     ),
     "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
 }

@@ -1,8 +1,9 @@
-"""ONNX Runtime, on the CPU or CUDA provider, with buffers bound where they lie."""
+"""ONNX Runtime, on the CPU or CUDA provider, with buffers bound where they lie, and on CUDA with fused operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -21,6 +22,7 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import ArtifactError, MissingError, RunError
+from trexport.graph.ort_graph import PASSES, OrtGraph, ort_graph
 from trexport.models.unet import DTYPES, sizes_of, spread_timestep
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -44,6 +46,8 @@ def open_session(
     graph: bool = False,
     nhwc: bool = True,
     fold_constants: bool = True,
+    provider: Mapping[str, str] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on exactly the provider of `device`.
 
@@ -53,6 +57,8 @@ def open_session(
         graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
         nhwc: convolutions in the layout that tensor cores want, on CUDA; ONNX Runtime's do not take bfloat16.
         fold_constants: off where the constants are large and what is made of them would be kept beside them.
+        provider: further options of the CUDA provider, by its own names.
+        profile: a prefix, for ONNX Runtime to write what each node takes into a file; `end_profiling` tells which.
 
     Raises:
         MissingError: no ONNX Runtime, no such provider in it, or no kernels for the model.
@@ -69,6 +75,8 @@ def open_session(
     options.intra_op_num_threads = torch.get_num_threads()
     # idle threads that spin would steal the cores of whatever runs between two runs
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     for axis, size in (sizes or {}).items():
@@ -79,6 +87,7 @@ def open_session(
         provider_options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
         provider_options["prefer_nhwc"] = "1" if nhwc else "0"
         provider_options["enable_cuda_graph"] = "1" if graph else "0"
+        provider_options |= provider or {}
     try:
         session = onnxruntime.InferenceSession(
             model,
@@ -180,14 +189,38 @@ def _module() -> Any:
 
 @final
 class _OnnxRuntimeRunner(Runner):
-    def __init__(self, source: OnnxFile, device: Device) -> None:
+    def __init__(self, source: OnnxFile, device: Device, graph: OrtGraph | None, provider: Mapping[str, str]) -> None:
         self.spec = source.spec
         self.device = device
-        self._path = str(source.path)
+        self._path = source.path
+        self._graph = graph
+        self._provider = provider
         self._release_memory = source.release_memory
         self._constants = {name: tensor.to(device).contiguous() for name, tensor in source.constants.items()}
-        self._nhwc = all(tensor.dtype != "bf16" for tensor in source.spec.inputs)
-        self._session: Any = open_session(self._path, device, nhwc=self._nhwc)
+        self._session: Any = self._open()
+
+    def _open(self, sizes: Mapping[str, int] | None = None, *, graph: bool = False) -> Any:
+        nhwc = all(tensor.dtype != "bf16" for tensor in self.spec.inputs)
+        if self._graph is None:
+            return open_session(
+                str(self._path), self.device, sizes=sizes, graph=graph, nhwc=nhwc, provider=self._provider
+            )
+        # without it they sum in half precision
+        provider = {"enable_skip_layer_norm_strict_mode": "1"}
+        if self._graph.replaced.get("nhwc_conv"):
+            nhwc = False  # they are already, and nothing else is to change its layout
+            provider["fuse_conv_bias"] = (
+                "1"  # else added by a kernel of its own; with channels first, no graph holds it
+            )
+        return open_session(
+            self._graph.model,
+            self.device,
+            folder=self._path.parent,
+            sizes=sizes,
+            graph=graph,
+            nhwc=nhwc,
+            provider=provider | dict(self._provider),
+        )
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         step = self._bind(self._session, feeds)
@@ -197,17 +230,18 @@ class _OnnxRuntimeRunner(Runner):
         return dict(step.outputs)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
+        rewritten = None if self._graph is None else f"rewritten, places by pass: {self._graph}"
         if self.device == "cpu":
-            return self._bind(self._session, feeds)
+            return replace(self._bind(self._session, feeds), note=rewritten)
         self._session = None  # one copy of the weights at a time
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # the default stream cannot be captured
             sizes, note = sizes_of(self.spec, feeds), None
             try:
-                self._session = open_session(self._path, self.device, sizes=sizes, graph=True, nhwc=self._nhwc)
+                self._session = self._open(sizes, graph=True)
             except GraphCaptureError:
                 note = "not captured as a CUDA graph: ONNX Runtime runs some of this model's nodes on the CPU"
-                self._session = open_session(self._path, self.device, sizes=sizes, nhwc=self._nhwc)
+                self._session = self._open(sizes)
             inner = self._bind(self._session, feeds)
             try:
                 for _ in range(3):  # allocate, capture, replay
@@ -217,7 +251,7 @@ class _OnnxRuntimeRunner(Runner):
                     raise
                 note = "not captured as a CUDA graph: a kernel of ONNX Runtime's refuses to be"
                 self._session = None
-                self._session = open_session(self._path, self.device, sizes=sizes, nhwc=self._nhwc)
+                self._session = self._open(sizes)
                 inner = self._bind(self._session, feeds)
                 inner.run()
         torch.cuda.synchronize()
@@ -227,7 +261,8 @@ class _OnnxRuntimeRunner(Runner):
             inner.run()
             torch.cuda.current_stream().wait_stream(stream)
 
-        return Step(run, inner.inputs, inner.outputs, note)
+        notes = "; ".join(text for text in (note, rewritten) if text is not None)
+        return Step(run, inner.inputs, inner.outputs, notes or None)
 
     def close(self) -> None:
         self._session = None
@@ -264,15 +299,29 @@ def _availability(device: Device) -> Availability:
 
 
 @final
+@dataclass(frozen=True)
 class OnnxRuntime(AbstractBackend):
-    """ONNX Runtime with IO binding; on CUDA with a CUDA graph and NHWC convolutions."""
+    """ONNX Runtime with IO binding; on CUDA with a CUDA graph, channels last, and a graph that is rewritten with the
+    provider's fused operators while it is loaded (see `trexport.graph.ort_graph`); the file stays as it is."""
 
     name: ClassVar[str] = "onnxruntime"
     consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]] = OnnxFile
+
+    passes: Sequence[str] | None = None
+    """By which to rewrite graphs, on any device; None for all of them on CUDA in half precision (fp16), the only one that
+    all of the operators have kernels for, and none otherwise."""
+    provider: Mapping[str, str] = field(default_factory=dict)
+    """Further options of the CUDA provider, by its own names."""
 
     def availability(self, device: Device) -> Availability:
         return _availability(device)
 
     def load(self, source: Source, device: Device) -> Runner:
         assert isinstance(source, OnnxFile)
-        return _OnnxRuntimeRunner(source, device)
+        available = _availability(device)
+        if not available.ok:
+            raise MissingError(f"onnxruntime: {available.reason}")
+        half = any(tensor.dtype == "fp16" for tensor in source.spec.inputs)
+        passes = self.passes if self.passes is not None else tuple(PASSES) if device == "cuda" and half else ()
+        graph = ort_graph(source.path, passes) if passes else None
+        return _OnnxRuntimeRunner(source, device, graph, self.provider)
