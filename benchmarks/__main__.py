@@ -15,6 +15,7 @@ from benchmarks import (
     merge_sd15,
     onnx_sd15,
     step_gpu,
+    step_variants,
     triton_serving,
 )
 
@@ -42,6 +43,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",
         True,
         forms_gpu.main,
+    ),
+    "step-variants": (
+        "one step of random:sd15 under torch.compile: PyTorch's own ways, then our rewrites one after another",
+        True,
+        step_variants.main,
     ),
     "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
 }

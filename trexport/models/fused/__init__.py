@@ -2,8 +2,8 @@
 AOTInductor.
 
 Children of the diffusers model are replaced and attention processors set, nothing else of it is touched. What is not known
-is left alone and counted. A linear layer whose weight goes into a greater one is gone; `FuseReport.placements` says where its
-rows are.
+is left alone and counted. A linear layer whose weight goes into a greater one is gone; `FuseReport.placements` says where
+its rows are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention of fused projections: q, k, v of a self-attention in one product; k, v of all cross-attentions in one product a step.
+"""Attention of fused projections: q, k, v of a self-attention in one product, k, v of all cross-attentions in one product.
 
 A cross-attention's keys and values do not depend on the image, so they are computed where the text enters the UNet, and
 what travels through the blocks as `encoder_hidden_states` is all of them side by side.
@@ -6,7 +6,7 @@ what travels through the blocks as `encoder_hidden_states` is all of them side b
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ def fuse_self_attention_(unet: UNet2DConditionModel, options: FuseOptions) -> Ou
             layers = {f"{path}.{part}": getattr(attention, part) for part in ("to_q", "to_k", "to_v")}
             attention.to_qkv, rows = stacked(layers, f"{path}.to_qkv")
             attention.to_q = attention.to_k = attention.to_v = None
-            attention.set_processor(SelfProcessor(cudnn=options.attention == "cudnn"))
+            attention.set_processor(cast(Any, SelfProcessor(cudnn=options.attention == "cudnn")))
             placements |= rows
             count += 1
     return Outcome(count, left, placements)
@@ -138,7 +138,7 @@ def fuse_cross_attention_(unet: UNet2DConditionModel, options: FuseOptions) -> O
     for path, attention in crossing.items():
         key = placements[f"{path}.to_k"]
         attention.to_k = attention.to_v = None
-        attention.set_processor(CrossProcessor(key.first, key.rows, cudnn=options.attention == "cudnn"))
+        attention.set_processor(cast(Any, CrossProcessor(key.first, key.rows, cudnn=options.attention == "cudnn")))
     return Outcome(len(crossing), {}, placements)
 
 

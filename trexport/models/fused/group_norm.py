@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -21,11 +23,11 @@ def fuse_group_norm_(unet: UNet2DConditionModel, options: FuseOptions) -> Outcom
     for _, transformer in known.transformers(unet):
         norm = getattr(transformer, "norm", None)
         if type(norm) is nn.GroupNorm and norm.affine:
-            transformer.norm = GroupNormAct(norm, silu=False, kernels=options.kernels)
+            transformer.norm = cast(Any, GroupNormAct(norm, silu=False, kernels=options.kernels))
             count += 1
     norm = unet.conv_norm_out
     if type(norm) is nn.GroupNorm and norm.affine and known.is_silu(unet.conv_act):
-        unet.conv_norm_out = GroupNormAct(norm, silu=True, kernels=options.kernels)
+        unet.conv_norm_out = cast(Any, GroupNormAct(norm, silu=True, kernels=options.kernels))
         unet.conv_act = nn.Identity()
         count += 1
     rest = sum(type(module) is nn.GroupNorm for module in unet.modules())

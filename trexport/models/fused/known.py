@@ -61,4 +61,3 @@ def reason_to_leave(attention: nn.Module) -> str | None:
     if attention.inner_kv_dim != attention.inner_dim or attention.training:
         return "grouped heads or training mode"
     return None
-

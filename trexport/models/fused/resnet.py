@@ -1,4 +1,4 @@
-"""Our own residual block: diffusers' `ResnetBlock2D` with normalisations that take the time embedding and the activation in."""
+"""Our own residual block: diffusers' `ResnetBlock2D`, its normalisations taking in the time embedding and the activation."""
 
 from __future__ import annotations
 
