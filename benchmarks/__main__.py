@@ -16,6 +16,7 @@ from benchmarks import (
     onnx_sd15,
     ort_passes,
     step_gpu,
+    step_variants,
     triton_serving,
 )
 
@@ -48,6 +49,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "random:sd15 in ONNX Runtime CUDA, fp16: what each graph pass gains, and what is left",
         True,
         ort_passes.main,
+    ),
+    "step-variants": (
+        "one step of random:sd15 under torch.compile: PyTorch's own ways, then our rewrites one after another",
+        True,
+        step_variants.main,
     ),
     "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
 }

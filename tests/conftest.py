@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported; torch alone does not import it
 torch.set_num_threads(1)  # the tensors of the tests are small: threads only wait for each other
 
 

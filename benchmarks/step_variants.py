@@ -1,0 +1,232 @@
+"""One UNet step under `torch.compile`: plain, as PyTorch's users make it fast, and with our rewrites one after another.
+
+BENCH_VARIANTS chooses, by commas, among the names of `VARIANTS` and `norm-kernels`, which times the group normalisations of
+the UNet alone; each variant is compiled for about a minute. For a try on another machine: BENCH_BASE (random:tiny),
+BENCH_DEVICE (cpu), BENCH_DTYPE (fp32).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.norm_kernels import time_norms
+from benchmarks.record import keep
+from trexport.backends import Device, Step
+from trexport.bench.stats import Latency
+from trexport.bench.timer import time_steps
+from trexport.io_spec import Dtype, default_sizes, unet_spec
+from trexport.models.base import open_base
+from trexport.models.fused import FuseOptions, fuse_
+from trexport.models.unet import DTYPES, call_unet, load_unet, random_feeds
+from trexport.parity.metrics import relative_l2
+
+ITERATIONS = 60
+PROFILED = 5
+PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
+ALL = (*PROJECTIONS, "group_norm")
+
+
+@final
+@dataclass(frozen=True)
+class Variant:
+    """How to make the model fast."""
+
+    rewrites: tuple[str, ...] = ()
+    triton: bool = False
+    cudnn_attention: bool = False
+    diffusers_qkv: bool = False
+    """What diffusers has: `fuse_qkv_projections`."""
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    cudnn_benchmark: bool = False
+    """cuDNN times its convolution algorithms in the first run."""
+
+
+_MM = {"conv_1x1_as_mm": True}
+VARIANTS = {
+    "plain": Variant(),
+    "best-pytorch": Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM),
+    "best-pytorch-benchmark": Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM, cudnn_benchmark=True),
+    "projections": Variant(PROJECTIONS, cudnn_attention=True, inductor=_MM),
+    "norms": Variant(ALL, triton=True, cudnn_attention=True, inductor=_MM),
+    "default-attention": Variant(ALL, triton=True, inductor=_MM),
+    "convolutions": Variant(ALL, triton=True, cudnn_attention=True, inductor=_MM, cudnn_benchmark=True),
+    "tuned": Variant(
+        ALL,
+        triton=True,
+        cudnn_attention=True,
+        inductor={**_MM, "coordinate_descent_tuning": True},
+        cudnn_benchmark=True,
+    ),
+    "autotuned": Variant(
+        ALL, triton=True, cudnn_attention=True, inductor={**_MM, "max_autotune": True}, cudnn_benchmark=True
+    ),
+}
+DEFAULT = "plain,best-pytorch,projections,norms,convolutions"
+
+# the first that matches a kernel's name
+CLASSES = {
+    "copy": r"Memset|Memcpy",
+    "attention": r"sdpa|flash|fmha|attention",
+    "norm": r"norm|_whole_kernel|_statistics_kernel|_normalise_kernel",
+    "conv": r"fprop|implicit_gemm|cask_plugin|nhwcAddPadding|conv2d|cudnn",
+    "gemm": r"nvjet|gemm|cutlass|cublas|splitK|triton_tem|_mm",
+    "geglu": r"gelu",
+    "pointwise": r"",
+}
+
+
+def main() -> None:
+    """Compile, compare, measure, profile, keep."""
+    source = os.environ.get("BENCH_BASE", "random:sd15")
+    device = cast(Device, os.environ.get("BENCH_DEVICE", "cuda"))
+    dtype = cast(Dtype, os.environ.get("BENCH_DTYPE", "fp16"))
+    names = os.environ.get("BENCH_VARIANTS", DEFAULT).split(",")
+    unknown = [name for name in names if name not in (*VARIANTS, "norm-kernels")]
+    if unknown:
+        raise SystemExit(f"BENCH_VARIANTS: {unknown[0]} is unknown, expected some of {[*VARIANTS, 'norm-kernels']}")
+    fields: dict[str, Any] = {}
+    if "norm-kernels" in names:
+        names.remove("norm-kernels")
+        fields["norm_kernels"] = time_norms(open_base(source), device, dtype)
+    if names:
+        fields |= run(source, device, dtype, names)
+    if source == "random:sd15" and device == "cuda":
+        command = f"BENCH_VARIANTS={os.environ.get('BENCH_VARIANTS', DEFAULT)} python -m benchmarks step-variants"
+        keep(f"step_variants_{dtype}", command, device, {"base": source} | fields)
+
+
+def run(source: str, device: Device, dtype: Dtype, names: list[str]) -> dict[str, Any]:
+    """All variants in one run, their steps interleaved."""
+    base = open_base(source)
+    sizes = default_sizes(base.config)
+    given = random_feeds(unet_spec(base.config, dtype), sizes)
+    model = cast(nn.Module, load_unet(base))
+    reference = reference_of(model, given, device)
+    feeds = {name: tensor.to(device) for name, tensor in given.items()}
+    model.to(DTYPES[dtype])
+    steps: dict[str, Step] = {}
+    results: dict[str, dict[str, Any]] = {}
+    models: list[nn.Module] = []  # a graph does not keep the weights that it reads
+    for name in names:
+        start = time.perf_counter()
+        models.append(copy.deepcopy(model))
+        steps[name], report = prepared(models[-1], VARIANTS[name], feeds, device)
+        seconds = time.perf_counter() - start
+        steps[name].run()
+        error = relative_l2(steps[name].outputs["out_sample"].float().cpu(), reference)
+        results[name] = asdict(VARIANTS[name]) | {"fused": report, "compile_seconds": seconds, "relative_l2": error}
+        print(f"{name}: compiled in {seconds:.0f} s, relative L2 to fp32 {error:.2e}", flush=True)
+    latencies = time_steps(steps, device, warm_up=5, iterations=ITERATIONS if device == "cuda" else 3)
+    for name, values in latencies.items():
+        latency = Latency.of(values)
+        results[name]["latency"] = asdict(latency)
+        results[name] |= profiled(steps[name]) if device == "cuda" else {}
+        print(
+            f"{name:24} {latency.median_ms:7.3f} ms (p10 {latency.p10_ms:.3f}, p90 {latency.p90_ms:.3f})  "
+            f"{results[name].get('kernels', '')} {results[name].get('classes', '')}",
+            flush=True,
+        )
+    return {"sizes": sizes, "dtype": dtype, "variants": results}
+
+
+def reference_of(model: nn.Module, feeds: Mapping[str, Tensor], device: Device) -> Tensor:
+    """The step in float32, eager, on the inputs as the variants see them."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        model.to(device)
+        with torch.inference_mode():
+            return call_unet(model, {name: t.float().to(device) for name, t in feeds.items()}).cpu()
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def switched(variant: Variant) -> Iterator[None]:
+    """torch's switches that a variant wants."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = variant.cudnn_benchmark
+    # our rewrites name the kernel themselves; diffusers' processors leave it to torch
+    ask = variant.cudnn_attention and not variant.rewrites and torch.cuda.is_available()
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if ask else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def prepared(
+    model: nn.Module, variant: Variant, feeds: Mapping[str, Tensor], device: Device
+) -> tuple[Step, dict[str, Any]]:
+    """A compiled step, on CUDA as a graph, and what was rewritten."""
+    cuda = device == "cuda"
+    report: dict[str, Any] = {}
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if variant.diffusers_qkv:
+        model.fuse_qkv_projections()  # type: ignore[operator]
+    if variant.rewrites:
+        options = FuseOptions(
+            variant.rewrites,
+            "triton" if variant.triton and cuda else "torch",
+            "cudnn" if variant.cudnn_attention and cuda else "default",
+        )
+        report = fuse_(cast(Any, model), options).to_dict()
+        print(report, flush=True)
+    torch.compiler.reset()
+    model.compile(fullgraph=True, dynamic=False, options=dict(variant.inductor))
+    with switched(variant), torch.inference_mode():
+        out = call_unet(model, feeds)
+        for _ in range(2):
+            call_unet(model, feeds)
+        if not cuda:
+
+            def again() -> None:
+                with torch.inference_mode():
+                    out.copy_(call_unet(model, feeds))
+
+            return Step(again, feeds, {"out_sample": out}), report
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call_unet(model, feeds)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call_unet(model, feeds)
+    return Step(graph.replay, feeds, {"out_sample": out}), report
+
+
+def profiled(step: Step) -> dict[str, Any]:
+    """Kernels of one step: their number, and their time by class and by name."""
+    step.run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            step.run()
+        torch.cuda.synchronize()
+    time_ms: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profile.key_averages():
+        if event.self_device_time_total:
+            time_ms[event.key] += event.self_device_time_total / 1e3 / PROFILED
+            calls[event.key] += event.count / PROFILED
+    classes: dict[str, dict[str, float]] = {name: {"ms": 0.0, "calls": 0.0} for name in CLASSES}
+    for kernel, spent in time_ms.items():
+        of = next(name for name, pattern in CLASSES.items() if re.search(pattern, kernel))
+        classes[of]["ms"] += spent
+        classes[of]["calls"] += calls[kernel]
+    rounded = {name: {key: round(value, 3) for key, value in entry.items()} for name, entry in classes.items()}
+    top = [[kernel[:160], round(spent, 4), calls[kernel]] for kernel, spent in time_ms.most_common(60)]
+    return {"kernels": sum(calls.values()), "kernel_ms": sum(time_ms.values()), "classes": rounded, "top": top}

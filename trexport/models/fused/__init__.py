@@ -1,0 +1,47 @@
+"""A UNet rewritten for speed: the same function with fewer and greater operators, for eager torch, `torch.compile` and
+AOTInductor.
+
+Children of the diffusers model are replaced and attention processors set, nothing else of it is touched. What is not known
+is left alone and counted. A linear layer whose weight goes into a greater one is gone; `FuseReport.placements` says where
+its rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffusers import UNet2DConditionModel
+
+from trexport.errors import UsageError
+from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_attention_
+from trexport.models.fused.group_norm import fuse_group_norm_
+from trexport.models.fused.options import ALL, FuseOptions, FuseReport, Outcome, Rows, options_for
+from trexport.models.fused.time_embedding import fuse_time_embedding_
+from trlora.errors import nearest
+
+__all__ = ["ALL", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "Rows", "fuse_", "options_for"]
+
+REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
+    "self_attention": fuse_self_attention_,
+    "cross_attention": fuse_cross_attention_,
+    "time_embedding": fuse_time_embedding_,
+    "group_norm": fuse_group_norm_,
+}
+
+
+def fuse_(unet: UNet2DConditionModel, options: FuseOptions | None = None) -> FuseReport:
+    """Rewrite a UNet in place, in evaluation mode and without adapters attached.
+
+    Args:
+        options: `FuseOptions()`, all rewrites with torch's own operators, unless given; see `options_for`.
+
+    Raises:
+        UsageError: an unknown rewrite.
+    """
+    options = options or FuseOptions()
+    for name in options.rewrites:
+        if name not in REWRITES:
+            raise UsageError(f"{name}: unknown rewrite, expected one of {list(REWRITES)}{nearest(name, REWRITES)}")
+    return FuseReport(
+        options, {name: rewrite(unet, options) for name, rewrite in REWRITES.items() if name in options.rewrites}
+    )

@@ -1,0 +1,96 @@
+"""What to rewrite in a UNet, and with which kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+
+Kernels = Literal["torch", "triton"]
+Attention = Literal["default", "cudnn"]
+
+ALL = ("self_attention", "cross_attention", "time_embedding", "group_norm")
+"""The names of all rewrites, see `trexport.models.fused.REWRITES`."""
+
+
+@final
+@dataclass(frozen=True)
+class FuseOptions:
+    """How to rewrite a UNet."""
+
+    rewrites: tuple[str, ...] = ALL
+    kernels: Kernels = "torch"
+    """Of normalisations: torch's own operators, or ours in Triton (CUDA; on the CPU in Triton's interpreter only)."""
+    attention: Attention = "default"
+    """`cudnn`: for heads of at most 128 channels, see `trexport.models.fused.attention`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rewrites": list(self.rewrites), "kernels": self.kernels, "attention": self.attention}
+
+
+def options_for(device: torch.device | str, dtype: torch.dtype) -> FuseOptions:
+    """All rewrites with the kernels that were measured to be best on a device.
+
+    cuDNN's attention was measured on compute capability 9.0 only and takes half precision only; everywhere else it is
+    torch's own choice.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return FuseOptions()
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return FuseOptions(
+        kernels="triton" if importlib.util.find_spec("triton") is not None else "torch",
+        attention="cudnn" if hopper and half and torch.backends.cudnn.is_available() else "default",
+    )
+
+
+@final
+@dataclass(frozen=True)
+class Rows:
+    """Where a layer's weight lies in a fused one: `constant[first : first + rows]`."""
+
+    constant: str
+    """The fused parameter's name in the rewritten UNet."""
+    first: int
+    rows: int
+
+    def to_list(self) -> list[Any]:
+        return [self.constant, self.first, self.rows]
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What a rewrite did."""
+
+    replaced: int
+    """Places that were rewritten."""
+    left: Mapping[str, int] = field(default_factory=dict)
+    """Reason → how many places were left alone for it."""
+    placements: Mapping[str, Rows] = field(default_factory=dict)
+    """Linear layer that is no more → where its weight is now."""
+
+
+@final
+@dataclass(frozen=True)
+class FuseReport:
+    """What was done to a UNet."""
+
+    options: FuseOptions
+    outcomes: Mapping[str, Outcome]
+    """By rewrite."""
+
+    @property
+    def placements(self) -> dict[str, Rows]:
+        """Linear layer that is no more → where its weight is now."""
+        return {path: rows for outcome in self.outcomes.values() for path, rows in outcome.placements.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.options.to_dict() | {
+            "replaced": {name: outcome.replaced for name, outcome in self.outcomes.items()},
+            "left": {name: dict(outcome.left) for name, outcome in self.outcomes.items() if outcome.left},
+        }
