@@ -102,7 +102,7 @@ TRLORA_STOREYS = [
     {"layers", "config"},
     {"targets", "parts"},
     {"inject"},
-    {"merge", "adapter"},
+    {"merge", "adapter", "swap"},
     {"checkpoint"},
     {"training"},
     {""},  # the front door, for users: no part comes in through it
@@ -132,9 +132,15 @@ RUNTIMES = {
 
 
 def trlora_stands_alone(imports: list[Import]) -> list[Import]:
-    """torch, safetensors and the standard library only; never trexport."""
+    """torch, safetensors and the standard library only; never trexport. CUDA's bindings, which come with torch's CUDA
+    wheels, in the one file that may miss them."""
     allowed = {"torch", "safetensors", "trlora", *sys.stdlib_module_names}
-    return [item for item in imports if item.target.split(".")[0] not in allowed]
+    return [
+        item
+        for item in imports
+        if item.target.split(".")[0] not in allowed
+        and not (under(item.target, "cuda") and item.importer == "trlora.swap.nvrtc" and not item.at_import)
+    ]
 
 
 def not_downward(imports: list[Import], package: str, storeys: list[set[str]]) -> list[Import]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
-from trlora import LayerAdapter
+from trlora.swap import PreparedAdapter
 
 
 @final
@@ -25,8 +25,8 @@ class Prepared:
     """Its own, for who gives none."""
     fits: Mapping[int, Mapping[str, Tensor]]
     """Slot number → the slot's inputs, strength left out; only the slots that it fits."""
-    layers: Mapping[str, LayerAdapter] = field(default_factory=dict)
-    """The adapter itself, on the graph's device, for a form that merges it in torch."""
+    on_device: PreparedAdapter | None = None
+    """For a form that writes weights."""
 
     @property
     def size_bytes(self) -> int:

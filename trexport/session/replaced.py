@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import final
 
 import safetensors
 import safetensors.torch
-import torch
 
 from trexport.artifact import ADAPTED_NAME, Artifact
 from trexport.backends import Device
@@ -17,7 +15,7 @@ from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
 from trexport.session.form import AdapterForm, Prepared
-from trlora.layers import weight_change
+from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
 
 @final
@@ -25,13 +23,16 @@ class ReplacedForm(AdapterForm):
     """The adapted weights are the buffers: activating adapters computes `W0·(I + Σ s_k (T_k − I)) + Σ s_k Δ_k` in float32 on
     the engine's device, from the pristine weights beside the engine, and rounds once.
 
+    `trlora.swap` does it; `report` tells how the last time.
+
     Raises:
         ArtifactError: the pristine weights are not there, or not those of the slot's layers.
     """
 
+    report: SwapReport
+
     def __init__(self, artifact: Artifact, slot: Slot, device: Device) -> None:
         self._slot = slot
-        self._device = device
         file = artifact.model_folder / ADAPTED_NAME
         try:
             stored = safetensors.torch.load_file(file)
@@ -40,28 +41,27 @@ class ReplacedForm(AdapterForm):
         missing = [path for path in slot.layers if f"{path}.weight" not in stored]
         if missing:
             raise ArtifactError(f"{file}: {missing[0]}.weight is not in it; build the engine again")
-        self._pristine = {f"{path}.weight": stored[f"{path}.weight"].to(device) for path in slot.layers}
-        self.buffers = {name: tensor.clone() for name, tensor in self._pristine.items()}
+        pristine = {path: stored[f"{path}.weight"].to(device) for path in slot.layers}
+        self.buffers = {f"{path}.weight": tensor.clone() for path, tensor in pristine.items()}
+        self._writer = WeightWriter(pristine, {path: self.buffers[f"{path}.weight"] for path in slot.layers})
 
     def slots(self) -> Sequence[Slot]:
         return [self._slot]
 
     def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        prepared = super().prepare(name, adapter)
-        own = deepcopy(dict(adapter.layers))  # a module is moved in place, and this one may be somebody else's
-        return replace(prepared, layers={path: layer.to(self._device) for path, layer in own.items()})
+        return replace(super().prepare(name, adapter), on_device=self._writer.prepare(adapter.layers))
 
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        with torch.no_grad():
-            for path in self._slot.layers:
-                pristine, buffer = self._pristine[f"{path}.weight"], self.buffers[f"{path}.weight"]
-                pairs = [(prepared.layers[path], strength) for prepared, strength in active if path in prepared.layers]
-                change = weight_change(pristine, pairs, torch.float32)
-                buffer.copy_(pristine if change is None else change.add_(pristine))
-            if not active:
-                return
-            sums = torch.stack([buffer.sum(dtype=torch.float32) for buffer in self.buffers.values()])
-            if not bool(sums.isfinite().all()):
-                wrong = next(name for name, total in zip(self.buffers, sums, strict=True) if not total.isfinite())
-                given = {prepared.name: strength for prepared, strength in active}
-                raise ArtifactError(f"{wrong}: not finite with {given}; the strengths are too great for this precision")
+        pairs = [(_on_device(prepared), strength) for prepared, strength in active]
+        self.report = self._writer.write(pairs)
+        wrong = self._writer.not_finite(pairs)
+        if wrong is not None:
+            given = {prepared.name: strength for prepared, strength in active}
+            raise ArtifactError(
+                f"{wrong}.weight: not finite with {given}; the strengths are too great for this precision"
+            )
+
+
+def _on_device(prepared: Prepared) -> PreparedAdapter:
+    assert prepared.on_device is not None  # by `ReplacedForm.prepare`
+    return prepared.on_device

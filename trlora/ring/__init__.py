@@ -5,6 +5,7 @@ from trlora.ring.contract import chain_from_cores as chain_from_cores
 from trlora.ring.contract import delta_from_cores as delta_from_cores
 from trlora.ring.contract import low_rank_from_cores as low_rank_from_cores
 from trlora.ring.contract import matrix_from_cores as matrix_from_cores
+from trlora.ring.contract import open_chain as open_chain
 from trlora.ring.cost import apply_cores_flops as apply_cores_flops
 from trlora.ring.cost import low_rank_flops as low_rank_flops
 from trlora.ring.cost import matrix_from_cores_flops as matrix_from_cores_flops
