@@ -17,6 +17,7 @@ from benchmarks import (
     ort_passes,
     step_gpu,
     step_variants,
+    swap,
     triton_serving,
 )
 
@@ -54,6 +55,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "one step of random:sd15 under torch.compile: PyTorch's own ways, then our rewrites one after another",
         True,
         step_variants.main,
+    ),
+    "swap": (
+        "all 128 adapted weights of random:sd15 (560 of random:sdxl) written anew: kernel, torch, PEFT, one copy",
+        True,
+        swap.main,
     ),
     "step-gpu": ("one step of random:sd15 in half precision: eager, compiled, ONNX Runtime", True, step_gpu.main),
 }

@@ -65,17 +65,15 @@ __device__ __forceinline__ bool infinite(u32 pair) {
 }
 
 // weights, outs: a pointer a layer. tiles: layer, first row, rows, where the layer's rows begin in L.
-// p, q, left, right, last: a pointer an adapter. strengths: one an adapter. wrong: one a layer, set where W' is not finite.
+// p, q, left, right, last: a pointer an adapter. wrong: one a layer, set where W' is not finite. s0 to s3: the strengths.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
 swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, const int4 *__restrict__ tiles, const int n_tiles,
      const int each, const uint4 *const *__restrict__ p, const float4 *const *__restrict__ q, const u16 *const *__restrict__ left,
-     const uint2 *const *__restrict__ right, const float4 *const *__restrict__ last, const float *__restrict__ strengths,
-     int *__restrict__ wrong) {
+     const uint2 *const *__restrict__ right, const float4 *const *__restrict__ last, int *__restrict__ wrong, const float s0,
+     const float s1, const float s2, const float s3) {
     extern __shared__ __align__(16) u16 shared[];
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, n = warp % KS;
-    float s[NA];
-#pragma unroll
-    for (int k = 0; k < NA; ++k) s[k] = strengths[k];
+    const float s[4] = {s0, s1, s2, s3};
     // what no row fills is multiplied by zeros, and must be finite
     for (int i = tid; i < 2 * BUFFER / 8; i += THREADS) ((uint4 *)shared)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trlora.swap.nvrtc import Kernel
 from trlora.swap.packed import Packed, row_offsets
-from trlora.swap.variant import Variant
+from trlora.swap.variant import MOST_ADAPTERS, Variant
 
 
 def tiles_of(variant: Variant, rows: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -54,14 +54,11 @@ class Launch:
         work = torch.tensor(tiles, dtype=torch.int32, device=device)
         self._arguments = [*tables[:2], work, len(tiles), each, *tables[2:]]
 
-    def __call__(self, strengths: Tensor) -> None:
-        """On torch's current stream.
-
-        Args:
-            strengths: (adapters,), float32, on the device.
-        """
+    def __call__(self, strengths: Sequence[float]) -> None:
+        """On torch's current stream, one strength an adapter."""
         self._wrong.zero_()
-        self._kernel(self._blocks, [*self._arguments, strengths, self._wrong])
+        given = [float(strength) for strength in strengths]
+        self._kernel(self._blocks, [*self._arguments, self._wrong, *given, *[0.0] * (MOST_ADAPTERS - len(given))])
 
     def wrong(self) -> Tensor:
         """(layers,), int32: not 0 where the last launch wrote something that is not finite."""

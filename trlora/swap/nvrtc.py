@@ -15,6 +15,7 @@ from trlora.swap.variant import Variant
 
 _SOURCE = Path(__file__).with_name("kernel.cu")
 _OLDEST = (8, 0)
+_KINDS = {torch.Tensor: ctypes.c_void_p, int: ctypes.c_int, float: ctypes.c_float}
 
 
 def missing(device: torch.device) -> str | None:
@@ -35,7 +36,7 @@ def compile_cubin(variant: Variant, capability: tuple[int, int]) -> bytes:
     Raises:
         RuntimeError: NVRTC refuses it; its log is in the message.
     """
-    from cuda.bindings import nvrtc
+    from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
     text = "".join(f"#define {name} {value}\n" for name, value in variant.macros().items())
     program = _done(nvrtc.nvrtcCreateProgram((text + _SOURCE.read_text()).encode(), b"kernel.cu", 0, [], []))
@@ -58,7 +59,7 @@ class Kernel:
     """A variant of the kernel on a GPU."""
 
     def __init__(self, variant: Variant, device: torch.device) -> None:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
         self.variant = variant
         with torch.cuda.device(device):
@@ -73,16 +74,16 @@ class Kernel:
         self.resident_blocks = together * torch.cuda.get_device_properties(device).multi_processor_count
         """That the GPU runs at a time."""
 
-    def __call__(self, blocks: int, arguments: Sequence[torch.Tensor | int]) -> None:
+    def __call__(self, blocks: int, arguments: Sequence[torch.Tensor | int | float]) -> None:
         """Launch it on torch's current stream.
 
         Args:
-            arguments: tensors, passed as pointers, and int32 values.
+            arguments: tensors, passed as pointers, and int32 and float32 values.
         """
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
         values = tuple(item.data_ptr() if isinstance(item, torch.Tensor) else item for item in arguments)
-        kinds = tuple(ctypes.c_void_p if isinstance(item, torch.Tensor) else ctypes.c_int for item in arguments)
+        kinds = tuple(next(of for kind, of in _KINDS.items() if isinstance(item, kind)) for item in arguments)
         stream = torch.cuda.current_stream().cuda_stream
         variant = self.variant
         _done(

@@ -8,6 +8,7 @@ from typing import final
 
 SHARED_BYTES = 99 * 1024
 """That a block has on every GPU from compute capability 8.0 on; some have more."""
+MOST_ADAPTERS = 4
 _REGISTERS = 224
 """For factors that stay in a thread's registers, of the 255 that it has."""
 _OTHER_REGISTERS = 40
@@ -42,7 +43,13 @@ class Variant:
         Args:
             shared_limit: bytes of shared memory that a block may have.
         """
-        if self.width % self.n_lo or self.n_lo % 16 or self.stride % self.width or self.n_lo > 128:
+        if (
+            self.adapters > MOST_ADAPTERS
+            or self.width % self.n_lo
+            or self.n_lo % 16
+            or self.stride % self.width
+            or self.n_lo > 128
+        ):
             return None
         for rows in (16, 8) if self.n_lo < 80 else (8,):
             variant = replace(self, block_rows=rows)

@@ -94,9 +94,8 @@ class WeightWriter:
         """Write every buffer, on torch's current stream. Without adapters it is W0 to the last bit."""
         with torch.no_grad():
             swap = self._swap_of([adapter for adapter, _ in active])
-            strengths = [strength for _, strength in active]
             if swap.launches:
-                self._launch(swap.launches, torch.tensor(strengths, dtype=torch.float32, device=self.device))
+                self._launch(swap.launches, [strength for _, strength in active])
             for path in swap.plan.torch:
                 pairs = [(adapter.layers[path], strength) for adapter, strength in active if path in adapter.layers]
                 change = weight_change(self._pristine[path], pairs, torch.float32)
@@ -151,7 +150,7 @@ class WeightWriter:
                 launches.append(Launch(kernel, weights, [self._buffers[path] for path in group.paths], packed))
         return _Swap(list(adapters), plan, launches)
 
-    def _launch(self, launches: Sequence[Launch], strengths: Tensor) -> None:
+    def _launch(self, launches: Sequence[Launch], strengths: Sequence[float]) -> None:
         """The greatest on the current stream, the others beside it: their last blocks fill its gaps."""
         current = torch.cuda.current_stream(self.device)
         ordered = sorted(launches, key=lambda launch: -launch.work)
