@@ -5,8 +5,9 @@
 // cores in float32 sums; the factors come in the order in which a warp's lanes hold them (trlora/swap/fragments.py), and stay
 // in registers as long as the layer does.
 //
-// Macros: IN columns of every STRIDE, N_LO (a multiple of 16); NA adapters; TQ terms q of each; CP pairs of the middle rank of a ring, or RS steps of
-// 16 of a low rank, at most one of the two above 0; OB rows a block, WO rows at a time; BF16 0 or 1; MIN_CTAS.
+// Macros: IN columns of every STRIDE, N_LO (a multiple of 16); NA adapters, and a list with a number for each: TERMS q of its
+// transform, PAIRS of the middle rank of its ring, or STEPS of 16 of its low rank; their sums NQ, NC, NR, of which NC or NR is
+// 0; OB rows a block, WO rows at a time; HELD 1 where P stays in registers; BF16 0 or 1; MIN_CTAS.
 #if BF16
 #define HALF "bf16"
 #define HALF_ONE 0x3f80u
@@ -19,7 +20,6 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-#define NQ (NA * TQ)
 #define N_HI (IN / N_LO)
 #define KS (N_LO / 16)
 #define IH ((N_HI + 7) / 8)
@@ -31,7 +31,7 @@ typedef unsigned short u16;
 #define ROW (N_HI * LD)
 #define PAD ((16 * KH - N_HI) * LD)
 #define CHUNKS (N_LO / 8)
-#define RING (CP > 0 ? OB * 64 : 0)
+#define RING (NC > 0 ? OB * 64 : 0)
 #define BUFFER (OB * ROW + PAD + NA * RING)
 
 __device__ __forceinline__ void mma(float *d, const u32 *a, u32 b0, u32 b1) {
@@ -64,6 +64,13 @@ __device__ __forceinline__ bool infinite(u32 pair) {
     return (pair & HALF_INF) == HALF_INF || ((pair >> 16) & HALF_INF) == HALF_INF;
 }
 
+constexpr int terms[NA] = {TERMS}, pairs[NA] = {PAIRS}, steps[NA] = {STEPS};
+template <int N> __device__ constexpr int before(const int (&counts)[N], int adapter) {
+    int sum = 0;
+    for (int a = 0; a < adapter; ++a) sum += counts[a];
+    return sum;
+}
+
 // weights, outs: a pointer a layer. tiles: layer, first row, rows, where the layer's rows begin in L.
 // p, q, left, right, last: a pointer an adapter. wrong: one a layer, set where W' is not finite. s0 to s3: the strengths.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
@@ -85,7 +92,7 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
         for (int i = tid; i < tile.z * IN / 8; i += THREADS)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at(buffer + (i / CHUNKS) * LD + (i % CHUNKS) * 8)),
                          "l"(source + (long long)(i / (IN / 8)) * STRIDE + (i % (IN / 8)) * 8));
-#if CP > 0
+#if NC > 0
 #pragma unroll
         for (int k = 0; k < NA; ++k) {
             const u16 *l = left[k] + (long long)(tile.w + tile.y) * 64;
@@ -100,12 +107,14 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
     if (2 * t == (g & ~1)) one = (g & 1) ? (HALF_ONE << 16) : HALF_ONE;
     if (number < stop) fetch(number, shared);
     int had = -1, turn = 0;
-#if TQ > 0
+#if NQ > 0
+#if HELD
     uint4 pf[NQ][KS];
+#endif
     uint2 qf[NQ + 1][KH][IH];
 #endif
-#if CP > 0
-    uint2 cf[NA * 2 * CP], ef[NA * CP][IH];
+#if NC > 0
+    uint2 cf[2 * NC], ef[NC][IH];
 #endif
 #pragma unroll 1
     for (; number < stop; ++number, turn ^= 1) {
@@ -113,7 +122,7 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
         const int layer = tile.x, rows = tile.z;
         if (layer != had) {
             had = layer;
-#if TQ > 0
+#if NQ > 0
             float4 fixed[KH][IH];
 #pragma unroll
             for (int k = 0; k < KH; ++k)
@@ -121,21 +130,24 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
                 for (int j = 0; j < IH; ++j) fixed[k][j] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int a = 0; a < NA; ++a) {
-                const uint4 *from = p[a] + ((long long)layer * TQ * KS + n) * (KS * 32) + lane;
+                if (terms[a] == 0) continue;
+#if HELD
+                const uint4 *from = p[a] + ((long long)layer * terms[a] * KS + n) * (KS * 32) + lane;
 #pragma unroll
-                for (int c = 0; c < TQ; ++c)
+                for (int c = 0; c < terms[a]; ++c)
 #pragma unroll
-                    for (int k = 0; k < KS; ++k) pf[a * TQ + c][k] = __ldg(from + (c * KS * KS + k) * 32);
-                const float4 *rest = q[a] + (long long)layer * (TQ + 1) * KH * (IH * 32) + lane;
+                    for (int k = 0; k < KS; ++k) pf[before(terms, a) + c][k] = __ldg(from + (c * KS * KS + k) * 32);
+#endif
+                const float4 *rest = q[a] + (long long)layer * (terms[a] + 1) * KH * (IH * 32) + lane;
 #pragma unroll
-                for (int c = 0; c <= TQ; ++c)
+                for (int c = 0; c <= terms[a]; ++c)
 #pragma unroll
                     for (int k = 0; k < KH; ++k)
 #pragma unroll
                         for (int j = 0; j < IH; ++j) {
                             const float4 f = __ldg(rest + ((c * KH + k) * IH + j) * 32);
-                            if (c < TQ) {
-                                qf[a * TQ + c][k][j] = scaled(s[a], f);
+                            if (c < terms[a]) {
+                                qf[before(terms, a) + c][k][j] = scaled(s[a], f);
                             } else {
                                 fixed[k][j].x += s[a] * f.x;
                                 fixed[k][j].y += s[a] * f.y;
@@ -149,17 +161,18 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
 #pragma unroll
                 for (int j = 0; j < IH; ++j) qf[NQ][k][j] = scaled(1.f, fixed[k][j]);
 #endif
-#if CP > 0
+#if NC > 0
 #pragma unroll
             for (int a = 0; a < NA; ++a) {
-                const uint2 *from = right[a] + ((long long)layer * KS + n) * (2 * CP * 32) + lane;
+                const uint2 *from = right[a] + ((long long)layer * KS + n) * (2 * pairs[a] * 32) + lane;
+                const float4 *rest = last[a] + (long long)layer * (pairs[a] * IH * 32) + lane;
 #pragma unroll
-                for (int c = 0; c < 2 * CP; ++c) cf[a * 2 * CP + c] = __ldg(from + c * 32);
-                const float4 *rest = last[a] + (long long)layer * (CP * IH * 32) + lane;
+                for (int c = 0; c < 2 * pairs[a]; ++c) cf[2 * before(pairs, a) + c] = __ldg(from + c * 32);
 #pragma unroll
-                for (int c = 0; c < CP; ++c)
+                for (int c = 0; c < pairs[a]; ++c)
 #pragma unroll
-                    for (int j = 0; j < IH; ++j) ef[a * CP + c][j] = scaled(s[a], __ldg(rest + (c * IH + j) * 32));
+                    for (int j = 0; j < IH; ++j)
+                        ef[before(pairs, a) + c][j] = scaled(s[a], __ldg(rest + (c * IH + j) * 32));
             }
 #endif
         }
@@ -167,21 +180,22 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
         __syncthreads();
         if (number + 1 < stop) fetch(number + 1, shared + (turn ^ 1) * BUFFER);
         const u16 *w = shared + turn * BUFFER;
-#if RS > 0
+#if NR > 0
         // the residual of the tile, 16 rows by 8 columns at a time, of which OB may be the first 8
         u16 *delta = shared + 2 * BUFFER;
 #pragma unroll 1
         for (int block = 0; block < OB; block += 16) {
-            u32 a[NA][RS][4];
+            u32 a[NR][4];
 #pragma unroll
             for (int k = 0; k < NA; ++k) {
-                const u32 *l = (const u32 *)left[k] + (long long)(tile.w + tile.y + block + g) * (RS * 8) + t;
+                const u32 *l = (const u32 *)left[k] + (long long)(tile.w + tile.y + block + g) * (steps[k] * 8) + t;
 #pragma unroll
-                for (int c = 0; c < RS; ++c) {
-                    a[k][c][0] = __ldg(l + c * 8);
-                    a[k][c][1] = __ldg(l + c * 8 + 8 * RS * 8);
-                    a[k][c][2] = __ldg(l + c * 8 + 4);
-                    a[k][c][3] = __ldg(l + c * 8 + 8 * RS * 8 + 4);
+                for (int c = 0; c < steps[k]; ++c) {
+                    u32 *f = a[before(steps, k) + c];
+                    f[0] = __ldg(l + c * 8);
+                    f[1] = __ldg(l + c * 8 + 8 * steps[k] * 8);
+                    f[2] = __ldg(l + c * 8 + 4);
+                    f[3] = __ldg(l + c * 8 + 8 * steps[k] * 8 + 4);
                 }
             }
 #pragma unroll 2
@@ -189,12 +203,12 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
                 float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int k = 0; k < NA; ++k) {
-                    const uint2 *r = right[k] + ((long long)layer * (IN / 8) + j) * (RS * 32) + lane;
+                    const uint2 *r = right[k] + ((long long)layer * (IN / 8) + j) * (steps[k] * 32) + lane;
                     float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                    for (int c = 0; c < RS; ++c) {
+                    for (int c = 0; c < steps[k]; ++c) {
                         const uint2 b = __ldg(r + c * 32);
-                        mma(d, a[k][c], b.x, b.y);
+                        mma(d, a[before(steps, k) + c], b.x, b.y);
                     }
 #pragma unroll
                     for (int i = 0; i < 4; ++i) sum[i] += s[k] * d[i];
@@ -216,7 +230,7 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
             float acc[IH][4];
 #pragma unroll
             for (int j = 0; j < IH; ++j) {
-#if RS > 0
+#if NR > 0
                 u32 low, high;
                 const u32 from = at(delta + o * ROW + min(j * 8 + (lane & 7), N_HI - 1) * LD + n * 16 + (lane & 8));
                 asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(low), "=r"(high) : "r"(from));
@@ -237,27 +251,28 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
 #pragma unroll
                 for (int j = 0; j < IH; ++j) {
                     if (j / 2 == k) mma(acc[j], a, (j & 1) ? 0 : one, (j & 1) ? one : 0);
-#if TQ > 0
+#if NQ > 0
                     mma(acc[j], a, qf[NQ][k][j].x, qf[NQ][k][j].y);
 #endif
                 }
             }
-#if CP > 0
+#if NC > 0
 #pragma unroll
             for (int a = 0; a < NA; ++a) {
                 const u32 l = ((const u32 *)(w + OB * ROW + PAD + a * RING + o * 64))[lane];
 #pragma unroll
-                for (int c = 0; c < CP; ++c) {
+                for (int c = 0; c < pairs[a]; ++c) {
+                    const int term = before(pairs, a) + c;
                     float u[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-                    mma8(u[0], cf[(a * CP + c) * 2], l);
-                    mma8(u[1], cf[(a * CP + c) * 2 + 1], l);
+                    mma8(u[0], cf[2 * term], l);
+                    mma8(u[1], cf[2 * term + 1], l);
                     const u32 f[4] = {pack(u[0][0], u[0][1]), pack(u[0][2], u[0][3]), pack(u[1][0], u[1][1]), pack(u[1][2], u[1][3])};
 #pragma unroll
-                    for (int j = 0; j < IH; ++j) mma(acc[j], f, ef[a * CP + c][j].x, ef[a * CP + c][j].y);
+                    for (int j = 0; j < IH; ++j) mma(acc[j], f, ef[term][j].x, ef[term][j].y);
                 }
             }
 #endif
-#if TQ > 0
+#if NQ > 0
             u32 b[IH2][KS][2];
 #pragma unroll
             for (int k = 0; k < KS; ++k)
@@ -268,20 +283,33 @@ swap(const u16 *const *__restrict__ weights, u16 *const *__restrict__ outs, cons
                                  : "=r"(b[i][k][0]), "=r"(b[i][k][1]), "=r"(b[i + 1][k][0]), "=r"(b[i + 1][k][1]) : "r"(from));
                 }
 #pragma unroll
-            for (int c = 0; c < NQ; ++c) {
-                float z[IH2][4];
+            for (int a = 0; a < NA; ++a) {
+#if !HELD
+                const uint4 *from = p[a] + ((long long)layer * terms[a] * KS + n) * (KS * 32) + lane;
+#endif
 #pragma unroll
-                for (int i = 0; i < IH2; ++i) z[i][0] = z[i][1] = z[i][2] = z[i][3] = 0.f;
+                for (int c = 0; c < terms[a]; ++c) {
+                    const int term = before(terms, a) + c;
+                    float z[IH2][4];
 #pragma unroll
-                for (int k = 0; k < KS; ++k)
+                    for (int i = 0; i < IH2; ++i) z[i][0] = z[i][1] = z[i][2] = z[i][3] = 0.f;
 #pragma unroll
-                    for (int i = 0; i < IH; ++i) mma(z[i], (const u32 *)&pf[c][k], b[i][k][0], b[i][k][1]);
+                    for (int k = 0; k < KS; ++k) {
+#if HELD
+                        const uint4 f = pf[term][k];
+#else
+                        const uint4 f = __ldg(from + (c * KS * KS + k) * 32);
+#endif
 #pragma unroll
-                for (int k = 0; k < KH; ++k) {
-                    const u32 f[4] = {pack(z[2 * k][0], z[2 * k][1]), pack(z[2 * k][2], z[2 * k][3]),
-                                      pack(z[2 * k + 1][0], z[2 * k + 1][1]), pack(z[2 * k + 1][2], z[2 * k + 1][3])};
+                        for (int i = 0; i < IH; ++i) mma(z[i], (const u32 *)&f, b[i][k][0], b[i][k][1]);
+                    }
 #pragma unroll
-                    for (int j = 0; j < IH; ++j) mma(acc[j], f, qf[c][k][j].x, qf[c][k][j].y);
+                    for (int k = 0; k < KH; ++k) {
+                        const u32 f[4] = {pack(z[2 * k][0], z[2 * k][1]), pack(z[2 * k][2], z[2 * k][3]),
+                                          pack(z[2 * k + 1][0], z[2 * k + 1][1]), pack(z[2 * k + 1][2], z[2 * k + 1][3])};
+#pragma unroll
+                        for (int j = 0; j < IH; ++j) mma(acc[j], f, qf[term][k][j].x, qf[term][k][j].y);
+                    }
                 }
             }
 #endif

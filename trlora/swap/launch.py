@@ -34,7 +34,7 @@ class Launch:
         variant = kernel.variant
         device = weights[0].device
         rows = [weight.shape[0] for weight in weights]
-        self.work = sum(weight.numel() for weight in weights) * (1 + variant.adapters * variant.terms)
+        self.work = sum(weight.numel() for weight in weights) * (1 + sum(variant.terms))
         self._kernel = kernel
         tiles = tiles_of(variant, rows)
         most = kernel.resident_blocks

@@ -55,46 +55,48 @@ def row_offsets(rows: Sequence[int]) -> tuple[list[int], int]:
     return offsets, total + 16  # a block of 8 rows reads 16
 
 
-def pack(variant: Variant, rows: Sequence[int], layers: Sequence[Factors], device: torch.device) -> Packed:
-    """Lay out the factors of an adapter.
+def pack(
+    variant: Variant, adapter: int, rows: Sequence[int], layers: Sequence[Factors], device: torch.device
+) -> Packed:
+    """Lay out the factors of an adapter, and bring them to a device.
 
     Args:
+        adapter: its number among those that the variant is for.
         rows: of each layer's weight.
         layers: one a layer, in the same order; their ranks are at most the variant's.
     """
     half = torch.bfloat16 if variant.bfloat16 else torch.float16
     offsets, total = row_offsets(rows)
-    empty = torch.empty(0, device=device)
-    p, q = _transforms(variant, layers, half, device) if variant.terms else (empty, empty)
-    left, right, last = empty, empty, empty
-    if variant.ring_pairs:
-        left, right, last = _rings(variant, layers, offsets, total, half, device)
-    elif variant.low_rank_steps:
-        left, right = _low_ranks(variant, layers, offsets, total, half, device)
-    return Packed(p, q, left, right, last)
+    empty = torch.empty(0)
+    p, q, left, right, last = empty, empty, empty, empty, empty
+    if variant.terms[adapter]:
+        p, q = _transforms(variant, variant.terms[adapter], layers, half)
+    if any(variant.ring_pairs):
+        left, right, last = _rings(variant, variant.ring_pairs[adapter], layers, offsets, total, half)
+    elif any(variant.low_rank_steps):
+        left, right = _low_ranks(variant, variant.low_rank_steps[adapter], layers, offsets, total, half)
+    return Packed(*(tensor.to(device) for tensor in (p, q, left, right, last)))
 
 
-def _transforms(
-    variant: Variant, layers: Sequence[Factors], half: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _transforms(variant: Variant, terms: int, layers: Sequence[Factors], half: torch.dtype) -> tuple[Tensor, Tensor]:
     lo, high = variant.n_lo, (variant.slow_rows, variant.slow_columns)
-    fast = torch.zeros(len(layers), variant.terms, lo, lo, dtype=torch.float64, device=device)
-    slow = torch.zeros(len(layers), variant.terms + 1, *high, dtype=torch.float64, device=device)
+    fast = torch.zeros(len(layers), terms, lo, lo)
+    slow = torch.zeros(len(layers), terms + 1, *high)
     for number, layer in enumerate(layers):
         if layer.transform is not None:
             fast[number, : len(layer.transform.fast)] = layer.transform.fast
             slow[number, : len(layer.transform.slow)] = padded(layer.transform.slow, *high)
             slow[number, -1] = padded(layer.transform.fixed, *high)
-    return rows_of_16(fast.to(half)), columns_of_8(slow.float())
+    return rows_of_16(fast.to(half)), columns_of_8(slow)
 
 
 def _rings(
-    variant: Variant, layers: Sequence[Factors], offsets: list[int], total: int, half: torch.dtype, device: torch.device
+    variant: Variant, pairs: int, layers: Sequence[Factors], offsets: list[int], total: int, half: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    middle = 2 * variant.ring_pairs
-    left = torch.zeros(total, 8, 8, dtype=torch.float64, device=device)
-    fast = torch.zeros(len(layers), variant.n_lo, 8, middle, dtype=torch.float64, device=device)
-    slow = torch.zeros(len(layers), middle, 8, variant.slow_columns, dtype=torch.float64, device=device)
+    middle = 2 * pairs
+    left = torch.zeros(total, 8, 8)
+    fast = torch.zeros(len(layers), variant.n_lo, 8, middle)
+    slow = torch.zeros(len(layers), middle, 8, variant.slow_columns)
     for number, layer in enumerate(layers):
         if layer.ring is not None:
             first, second = power_of_two(layer.ring.left), power_of_two(layer.ring.fast)
@@ -103,16 +105,16 @@ def _rings(
             fast[number] = padded(layer.ring.fast * second, 8, middle)
             slow[number] = padded(layer.ring.slow.permute(1, 2, 0) / (first * second), middle, 8, variant.slow_columns)
     right = rows_of_8(fast.to(half).movedim(3, 1)).transpose(1, 2).contiguous()  # (layers, n_lo/16, middle, 32, 4)
-    last = columns_of_8(slow.float().unflatten(1, (-1, 2)).flatten(2, 3)).squeeze(2)
+    last = columns_of_8(slow.unflatten(1, (pairs, 2)).flatten(2, 3)).squeeze(2)
     return left.to(half), right, last
 
 
 def _low_ranks(
-    variant: Variant, layers: Sequence[Factors], offsets: list[int], total: int, half: torch.dtype, device: torch.device
+    variant: Variant, steps: int, layers: Sequence[Factors], offsets: list[int], total: int, half: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    rank = 16 * variant.low_rank_steps
-    left = torch.zeros(total, rank, dtype=torch.float64, device=device)
-    right = torch.zeros(len(layers), rank, variant.stride, dtype=torch.float64, device=device)
+    rank = 16 * steps
+    left = torch.zeros(total, rank)
+    right = torch.zeros(len(layers), rank, variant.stride)
     for number, layer in enumerate(layers):
         if layer.low_rank is not None:
             rows, columns = layer.low_rank

@@ -53,16 +53,21 @@ class _Sites:
     low_ranks: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
     @property
-    def terms(self) -> int:
-        return max((max(1, len(sites.fast)) for sites in self.transforms if sites is not None), default=0)
+    def terms(self) -> tuple[int, ...]:
+        return tuple(0 if sites is None else max(1, len(sites.fast)) for sites in self.transforms)
 
     @property
-    def ring_pairs(self) -> int:
-        return max(((sites.fast.shape[2] + 1) // 2 for sites in self.rings if sites is not None), default=0)
+    def work(self) -> int:
+        """Of the transforms, in multiplications for every entry of W0."""
+        return sum(self.terms) * (self.n_lo + self.width // self.n_lo)
 
     @property
-    def low_rank_steps(self) -> int:
-        return max(((pair[0].shape[1] + 15) // 16 for pair in self.low_ranks if pair is not None), default=0)
+    def ring_pairs(self) -> tuple[int, ...]:
+        return tuple(0 if sites is None else (sites.fast.shape[2] + 1) // 2 for sites in self.rings)
+
+    @property
+    def low_rank_steps(self) -> tuple[int, ...]:
+        return tuple(0 if pair is None else (pair[0].shape[1] + 15) // 16 for pair in self.low_ranks)
 
 
 def plan_of(
@@ -77,7 +82,7 @@ def plan_of(
     Args:
         weights: layer path → W0; sizes, dtype and strides count.
         buffers: the same paths → where W' goes.
-        adapters: those that are active together, by layer path, on the device of the weights.
+        adapters: those that are active together, by layer path, on the CPU: their factors are many small matrices.
         why_not: why the kernel takes no layer at all; None where it can run.
         shared_limit: bytes of shared memory that a block may have.
     """
@@ -96,7 +101,7 @@ def plan_of(
         if isinstance(sites, str):
             left[path] = sites
             continue
-        kind = "ring" if sites.ring_pairs else "low rank" if sites.low_rank_steps else "none"
+        kind = "ring" if any(sites.ring_pairs) else "low rank" if any(sites.low_rank_steps) else "none"
         key = (weight.flatten(1).shape[1], sites.width, sites.n_lo, kind, weight.dtype)
         found.setdefault(key, {})[path] = sites
     groups = []
@@ -106,10 +111,9 @@ def plan_of(
             width,
             n_lo,
             dtype == torch.bfloat16,
-            adapters=len(adapters),
-            terms=max(sites.terms for sites in layers.values()),
-            ring_pairs=max(sites.ring_pairs for sites in layers.values()),
-            low_rank_steps=max(sites.low_rank_steps for sites in layers.values()),
+            terms=_most([sites.terms for sites in layers.values()]),
+            ring_pairs=_most([sites.ring_pairs for sites in layers.values()]),
+            low_rank_steps=_most([sites.low_rank_steps for sites in layers.values()]),
         )
         fitted = variant.fitted(shared_limit)
         if fitted is None:
@@ -125,6 +129,11 @@ def _acting(adapter: LayerAdapter | None) -> LayerAdapter | None:
     if adapter is None or (adapter.transform.trivial and adapter.residual.trivial and adapter.magnitude.trivial):
         return None
     return adapter
+
+
+def _most(counts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The greatest of every adapter."""
+    return tuple(max(column) for column in zip(*counts, strict=True))
 
 
 def _sites(weight: Tensor, adapters: Sequence[LayerAdapter | None]) -> _Sites | str:
@@ -146,14 +155,14 @@ def _sites(weight: Tensor, adapters: Sequence[LayerAdapter | None]) -> _Sites | 
             for split in splits
             if all(residual is None or ring_sites(residual, split[1]) is not None for residual in residuals)
         ] or list(free_splits(columns))
-    splits = [split for split in splits if Variant(columns, *split, False, terms=1).fitted(1 << 18) is not None]
+    splits = [split for split in splits if Variant(columns, *split, False, terms=(1,)).fitted(1 << 18) is not None]
     if not splits:
         names = " and ".join(sorted({type(transform).__name__ for transform in transforms if transform is not None}))
         return f"{names or 'rows'} of {columns} columns"
     best: _Sites | None = None
     for width, n_lo in splits:
         sites = _Sites(width, n_lo, [None if item is None else two_sites(item, n_lo) for item in transforms])
-        if best is None or sites.terms * (n_lo + width // n_lo) < best.terms * (best.n_lo + best.width // best.n_lo):
+        if best is None or sites.work < best.work:
             best = sites
         if not cuts:
             break  # the first is the best one
@@ -167,8 +176,9 @@ def _sites(weight: Tensor, adapters: Sequence[LayerAdapter | None]) -> _Sites | 
         return best
     best.rings = [None] * len(rings)
     best.low_ranks = [None if item is None else _doubled(item.low_rank()) for item in residuals]
-    if best.low_rank_steps * 16 > _LOW_RANK:
-        return f"a residual of rank {max(pair[0].shape[1] for pair in best.low_ranks if pair is not None)}"
+    rank = max((pair[0].shape[1] for pair in best.low_ranks if pair is not None), default=0)
+    if rank > _LOW_RANK:
+        return f"a residual of rank {rank}"
     return best
 
 
@@ -183,6 +193,6 @@ def _doubled(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _described(variant: Variant) -> str:
     parts = [f"{variant.stride} columns cut at {variant.n_lo}"]
     parts += [f"{variant.adapters} adapters"] if variant.adapters > 1 else []
-    parts += [f"{variant.terms} terms"] if variant.terms else []
-    parts += [f"rank {16 * variant.low_rank_steps}"] if variant.low_rank_steps else []
+    parts += [f"{sum(variant.terms)} terms"] if any(variant.terms) else []
+    parts += [f"rank {16 * sum(variant.low_rank_steps)}"] if any(variant.low_rank_steps) else []
     return ", ".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import final
 
 SHARED_BYTES = 99 * 1024
@@ -27,13 +27,14 @@ class Variant:
     """IN: columns that the kernel takes as a row; without a transform it may be a part of the weights'."""
     n_lo: int
     bfloat16: bool
-    adapters: int = 1
-    terms: int = 0
-    """TQ: of each adapter's transform; 0 for the identity."""
-    ring_pairs: int = 0
-    """CP: half of the middle rank of the residuals' rings, rounded up; 0 for none."""
-    low_rank_steps: int = 0
-    """RS: sixteenths of the rank of the residuals, rounded up; 0 for none."""
+    terms: tuple[int, ...] = (0,)
+    """TERMS: of each adapter's transform; 0 for the identity."""
+    ring_pairs: tuple[int, ...] = (0,)
+    """PAIRS: of each adapter, half of the middle rank of the residuals' rings, rounded up."""
+    low_rank_steps: tuple[int, ...] = (0,)
+    """STEPS: of each adapter, sixteenths of the rank of the residuals, rounded up. Rings or low ranks, not both."""
+    held: bool = True
+    """HELD: whether the transforms' fast factors stay in registers."""
     block_rows: int = 16
     """OB."""
 
@@ -51,11 +52,16 @@ class Variant:
             or self.n_lo > 128
         ):
             return None
-        for rows in (16, 8) if self.n_lo < 80 else (8,):
-            variant = replace(self, block_rows=rows)
-            if variant.shared_bytes <= shared_limit and variant.registers <= _REGISTERS:
-                return variant
+        for held in (True, False):
+            for rows in (16, 8) if self.n_lo < 80 else (8,):
+                variant = replace(self, held=held, block_rows=rows)
+                if variant.shared_bytes <= shared_limit and variant.registers <= _REGISTERS:
+                    return variant
         return None
+
+    @property
+    def adapters(self) -> int:
+        return len(self.terms)
 
     @property
     def n_hi(self) -> int:
@@ -94,24 +100,36 @@ class Variant:
     def shared_bytes(self) -> int:
         """Of a block: two times its rows of W0 (and of L), and the residual of low rank."""
         rows = self.block_rows * self.n_hi * (self.n_lo + 8)
-        ring = self.block_rows * 64 * self.adapters if self.ring_pairs else 0
+        ring = self.block_rows * 64 * self.adapters if any(self.ring_pairs) else 0
         buffer = rows + (self.slow_rows - self.n_hi) * (self.n_lo + 8) + ring
-        return 2 * (2 * buffer + (rows if self.low_rank_steps else 0))
+        return 2 * (2 * buffer + (rows if any(self.low_rank_steps) else 0))
 
     @property
     def registers(self) -> int:
         """What a thread holds of the factors and of a row of W0, in 32-bit registers."""
-        terms, steps = self.adapters * self.terms, self.n_lo // 16
+        terms, steps = sum(self.terms), self.n_lo // 16
         high, wide = self.slow_rows // 16, self.slow_columns // 8
-        transform = 4 * terms * steps + 2 * (terms + 1) * high * wide + 4 * high * steps + 8 * high if terms else 0
-        ring = self.adapters * self.ring_pairs * (4 + 2 * wide)
-        low_rank = 4 * self.adapters * self.low_rank_steps
-        return transform + ring + low_rank + 4 * wide
+        fast = 4 * terms * steps if self.held else 8
+        transform = fast + 2 * (terms + 1) * high * wide + 4 * high * steps + 8 * high if terms else 0
+        return transform + sum(self.ring_pairs) * (4 + 2 * wide) + 4 * sum(self.low_rank_steps) + 4 * wide
 
-    def macros(self) -> dict[str, int]:
+    def macros(self) -> dict[str, str]:
         """By the kernel's names."""
-        sizes = asdict(self) | {"rows_at_once": self.rows_at_once, "blocks_at_once": self.blocks_at_once}
-        return {_MACROS[name]: int(value) for name, value in sizes.items()}
+        lists = {"TERMS": self.terms, "PAIRS": self.ring_pairs, "STEPS": self.low_rank_steps}
+        sums = {"NQ": sum(self.terms), "NC": sum(self.ring_pairs), "NR": sum(self.low_rank_steps)}
+        sizes = {
+            "STRIDE": self.stride,
+            "IN": self.width,
+            "N_LO": self.n_lo,
+            "NA": self.adapters,
+            "OB": self.block_rows,
+            "WO": self.rows_at_once,
+            "HELD": int(self.held),
+            "BF16": int(self.bfloat16),
+            "MIN_CTAS": self.blocks_at_once,
+        }
+        texts = {name: ", ".join(map(str, numbers)) for name, numbers in lists.items()}
+        return texts | {name: str(size) for name, size in (sums | sizes).items()}
 
 
 def free_splits(stride: int) -> Iterator[tuple[int, int]]:
@@ -119,18 +137,3 @@ def free_splits(stride: int) -> Iterator[tuple[int, int]]:
     for width in range(min(stride, _WIDEST) // 16 * 16, 0, -16):
         if stride % width == 0:
             yield from ((width, n_lo) for n_lo in range(128, 0, -16) if width % n_lo == 0 and width // n_lo <= 32)
-
-
-_MACROS = {
-    "stride": "STRIDE",
-    "width": "IN",
-    "n_lo": "N_LO",
-    "bfloat16": "BF16",
-    "adapters": "NA",
-    "terms": "TQ",
-    "ring_pairs": "CP",
-    "low_rank_steps": "RS",
-    "block_rows": "OB",
-    "rows_at_once": "WO",
-    "blocks_at_once": "MIN_CTAS",
-}

@@ -47,9 +47,18 @@ class SwapReport:
 class PreparedAdapter:
     """An adapter on the device of a `WeightWriter`, in the form that it writes from."""
 
-    def __init__(self, layers: Mapping[str, LayerAdapter]) -> None:
+    def __init__(self, layers: Mapping[str, LayerAdapter], device: torch.device) -> None:
         self.layers = layers
+        """On the CPU."""
         self.alone: _Swap | None = None
+        self._device = device
+        self._moved: dict[str, LayerAdapter] = {}
+
+    def on_device(self, path: str) -> LayerAdapter:
+        """A layer's adapter where the weights are; it stays there."""
+        if path not in self._moved:
+            self._moved[path] = deepcopy(self.layers[path]).to(self._device)
+        return self._moved[path]
 
 
 @final
@@ -85,8 +94,8 @@ class WeightWriter:
     def prepare(self, layers: Mapping[str, LayerAdapter]) -> PreparedAdapter:
         """Bring an adapter to the device, compile what it needs. The layers given stay as they are; paths that are not
         written here are left out."""
-        own = {path: deepcopy(layer).to(self.device) for path, layer in layers.items() if path in self._pristine}
-        prepared = PreparedAdapter(own)
+        own = {path: deepcopy(layer).cpu() for path, layer in layers.items() if path in self._pristine}
+        prepared = PreparedAdapter(own, self.device)
         prepared.alone = self._swap([prepared])
         return prepared
 
@@ -97,7 +106,7 @@ class WeightWriter:
             if swap.launches:
                 self._launch(swap.launches, [strength for _, strength in active])
             for path in swap.plan.torch:
-                pairs = [(adapter.layers[path], strength) for adapter, strength in active if path in adapter.layers]
+                pairs = [(adapter.on_device(path), strength) for adapter, strength in active if path in adapter.layers]
                 change = weight_change(self._pristine[path], pairs, torch.float32)
                 base = self._pristine[path]
                 self._buffers[path].copy_(base if change is None else change.add_(base))
@@ -145,9 +154,16 @@ class WeightWriter:
             for group in plan.groups:
                 weights = [self._pristine[path] for path in group.paths]
                 rows = [weight.shape[0] for weight in weights]
-                packed = [pack(group.variant, rows, factors, self.device) for factors in group.factors]
+                packed = [
+                    pack(group.variant, number, rows, factors, self.device)
+                    for number, factors in enumerate(group.factors)
+                ]
                 kernel = kernel_for(group.variant, self.device)
                 launches.append(Launch(kernel, weights, [self._buffers[path] for path in group.paths], packed))
+        for path in plan.torch:
+            for adapter in adapters:
+                if path in adapter.layers:
+                    adapter.on_device(path)
         return _Swap(list(adapters), plan, launches)
 
     def _launch(self, launches: Sequence[Launch], strengths: Sequence[float]) -> None:

@@ -27,30 +27,32 @@ def emulate(
         for row in range(first, first + rows):
             x = _wide(weights[number].flatten(1)[row, columns]).reshape(variant.n_hi, variant.n_lo)
             pairs = zip(packed, strengths, strict=True)
-            sums = [_change(variant, part, number, layer, offset + row, x, s) for part, s in pairs]
+            sums = [_change(variant, a, part, number, layer, offset + row, x, s) for a, (part, s) in enumerate(pairs)]
             outs[number].flatten(1)[row, columns] = torch.from_numpy(x + sum(sums)).flatten().to(outs[number].dtype)
     return outs
 
 
-def _change(variant: Variant, part: Packed, number: int, layer: int, row: int, x: Array, s: float) -> Array:
+def _change(
+    variant: Variant, adapter: int, part: Packed, number: int, layer: int, row: int, x: Array, s: float
+) -> Array:
     """Of one adapter, (n_hi, n_lo). A part of the kernel is a matrix of n_lo rows and n_hi columns, hence the transposes."""
     half = torch.bfloat16 if variant.bfloat16 else torch.float16
     high = variant.n_hi
     total = np.zeros((variant.n_lo, high), np.float32)
-    if variant.terms:
+    if variant.terms[adapter]:
         slow = s * columns_of_8(_wide(part.q[number]))
-        for term in range(variant.terms):
+        for term in range(variant.terms[adapter]):
             z = rows_of_16(_wide(part.p[number, term])) @ x.T
             total += _rounded(z, half) @ _rounded(slow[term, :high, :high], half)
         total += x.T @ _rounded(slow[-1, :high, :high], half)
-    if variant.ring_pairs:
+    if variant.ring_pairs[adapter]:
         left = _wide(part.left[row])  # (a, b)
         fast = np.concatenate([rows_of_8(_wide(tile)) for tile in part.right[number]], 1)  # (middle, n_lo, b)
         slow = s * columns_of_8(_wide(part.last[number])[:, None])  # (pairs, 2·a, n_hi)
-        for pair in range(variant.ring_pairs):
+        for pair in range(variant.ring_pairs[adapter]):
             u = np.concatenate([_rounded(fast[2 * pair + c] @ left.T, half) for c in range(2)], 1)
             total += u @ _rounded(slow[pair, :, :high], half)
-    if variant.low_rank_steps:
+    if variant.low_rank_steps[adapter]:
         right = columns_of_8(_wide(part.right[layer]).swapaxes(0, 1))  # (rank, width)
         total += _rounded(s * (_wide(part.left[row]) @ right).reshape(high, variant.n_lo).T, half)
     return total.T

@@ -11,11 +11,12 @@ from trlora.swap.variant import Variant
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 
 VARIANTS = [
-    Variant(1280, 1280, 80, False, terms=4, ring_pairs=3),
-    Variant(320, 320, 32, True, terms=4, ring_pairs=3),
-    Variant(640, 640, 64, False, adapters=2, terms=1, low_rank_steps=3),
-    Variant(5120, 1280, 128, True, low_rank_steps=1),
-    Variant(64, 64, 64, False, adapters=3, terms=1, ring_pairs=1),
+    Variant(1280, 1280, 80, False, (4,), (3,)),
+    Variant(320, 320, 32, True, (4,), (3,)),
+    Variant(1280, 1280, 80, False, (4, 4), (3, 3), (0, 0)),  # its transforms' factors do not fit into registers
+    Variant(640, 640, 64, False, (1, 0), (0, 0), (3, 1)),
+    Variant(5120, 1280, 128, True, low_rank_steps=(1,)),
+    Variant(64, 64, 64, False, (1, 2, 0), (1, 0, 2), (0, 0, 0)),
 ]
 
 

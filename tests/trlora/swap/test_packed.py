@@ -45,18 +45,19 @@ def test_the_kernels_arguments_give_the_adapted_weight(
     found = {}
     for group in plan.groups:
         given = [weights[path] for path in group.paths]
-        packed = [pack(group.variant, [len(weight) for weight in given], factors, CPU) for factors in group.factors]
+        rows = [len(weight) for weight in given]
+        packed = [pack(group.variant, number, rows, factors, CPU) for number, factors in enumerate(group.factors)]
         found |= dict(zip(group.paths, emulate(group.variant, given, packed, strengths), strict=True))
     for path, weight in weights.items():
         pairs = [(adapter[path], strength) for adapter, strength in zip(adapters, strengths, strict=True)]
         expected = torch.from_numpy(weight_oracle(weight, pairs))
         error = (found[path].double() - expected).norm() / expected.norm()
         best = (expected.to(dtype).double() - expected).norm() / expected.norm()
-        assert error <= 1.5 * best  # one rounding of the result, and the factors' own
+        assert error <= 2 * best  # one rounding of the result, and the factors' own
 
 
 def test_a_transform_trained_from_its_start_has_one_term() -> None:
     case = next(case for case in KERNEL if not case.trained)
     weights = case.weights(torch.float16)
     (group,) = plan_of(weights, weights, [case.adapters()]).groups
-    assert group.variant.terms == 1
+    assert group.variant.terms == (1,)

@@ -46,7 +46,9 @@ def test_the_weights_are_those_of_the_oracle(case: Case, dtype: torch.dtype, dev
     first, second = [writer.prepare(item) for item in layers]
     for chosen in ([(0, 1.0)], [(1, -0.7)], [(0, 0.4), (1, 1.2)], [(1, 2.0), (0, 0.0)]):
         report = writer.write([((first, second)[number], strength) for number, strength in chosen])
-        assert max(errors(weights, buffers, [(layers[number], strength) for number, strength in chosen])) < 1.5
+        assert (
+            max(errors(weights, buffers, [(layers[number], strength) for number, strength in chosen])) < 2
+        )  # one rounding of the result, and the factors' own
         assert (report.kernel, len(report.torch)) == ((len(weights), 0) if device == "cuda" else (0, len(weights)))
 
 
