@@ -76,8 +76,8 @@ COMPANIONS = {
 """Adapters to put beside another."""
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-11, atol=1e-11)
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
 
 
 def test_the_lists_hold_every_registered_member() -> None:
@@ -104,6 +104,23 @@ def test_a_transform_multiplies_a_weight_by_its_matrix(member: Member) -> None:
     close(transform.multiply(weight), weight @ transform.matrix().double())
 
 
+@each_transform
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_transforms_change_of_a_weight_is_a_new_tensor(member: Member, dtype: torch.dtype) -> None:
+    transform = trained(adapter_of(member).transform, amount=0.1).to(dtype)
+    weight = torch.randn(OUT, IN, dtype=dtype)
+    before = weight.clone()
+    change = transform.change(weight)
+    assert change.dtype == dtype
+    close(
+        change.double() + weight.double(),
+        weight.double() @ transform.matrix().double(),
+        1e-5 if dtype == torch.float32 else 1e-11,
+    )
+    change.zero_()
+    assert torch.equal(weight, before)
+
+
 @each_residual
 def test_a_residual_is_its_delta(member: Member) -> None:
     residual = trained(adapter_of(None, member).residual)
@@ -121,6 +138,16 @@ def test_a_residual_is_its_two_factors(member: Member) -> None:
     assert left.shape[0] == OUT
     assert right.shape[0] == IN
     close(left.double() @ right.double().T, residual.delta().double())
+
+
+@each_residual
+def test_a_residual_adds_its_delta_in_place(member: Member) -> None:
+    residual = trained(adapter_of(None, member).residual)
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    expected = weight + residual.delta().double()
+    with torch.no_grad():
+        assert residual.add_to(weight) is weight
+    close(weight, expected)
 
 
 @each_transform

@@ -116,11 +116,9 @@ class LayerAdapter(nn.Module):
         """`W0·(T − I) + Δ`."""
         change: Tensor | None = None
         if not self.transform.trivial:
-            turned = self.transform.multiply(_like(weight, self.transform)).to(weight)
-            change = turned.sub_(weight)  # in place: fresh memory costs more than the arithmetic
+            change = self.transform.change(_like(weight, self.transform)).to(weight)
         if not self.residual.trivial:
-            delta = self.residual.delta().to(weight)
-            change = delta if change is None else change.add_(delta)
+            change = self.residual.delta().to(weight) if change is None else self.residual.add_to(change)
         return change
 
 

@@ -32,8 +32,8 @@ def weight_change(
         step = widened(adapter, compute_dtype).change(base)
         if step is None:
             continue
-        if strength != 1:
-            step = step * strength
+        if strength != 1:  # a step is nobody else's: fresh memory costs more than the arithmetic
+            step = step * strength if step.requires_grad else step.mul_(strength)
         change = step if change is None else change.add_(step)
     return None if change is None else change.reshape(weight.shape)
 

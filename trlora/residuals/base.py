@@ -31,6 +31,14 @@ class AbstractResidual(nn.Module, ABC):
     def delta(self) -> Tensor:
         """The dense Δ, `(out_features, in_features)`: a new tensor, which the caller may change in place."""
 
+    def add_to(self, weight: Tensor) -> Tensor:
+        """`weight + Δ`, in place. Members that need not form Δ for it override it.
+
+        Args:
+            weight: (out_features, in_features), of any dtype.
+        """
+        return weight.add_(self.delta().to(weight))
+
     @abstractmethod
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """L `(out_features, r)` and R `(in_features, r)` with `Δ = L·Rᵀ` exactly, r no greater than the form needs."""

@@ -43,6 +43,10 @@ class LowRankResidual(AbstractResidual):
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.lora_A.weight.T) @ self.lora_B.weight.T * self.scaling
 
+    def add_to(self, weight: Tensor) -> Tensor:
+        left, right = self.low_rank()
+        return weight.addmm_(left.to(weight), right.T.to(weight))
+
     def delta(self) -> Tensor:
         return self.lora_B.weight @ self.lora_A.weight * self.scaling
 

@@ -42,6 +42,10 @@ class TensorRingResidual(AbstractResidual):
         left, right = self.low_rank()
         return (x @ right) @ left.T
 
+    def add_to(self, weight: Tensor) -> Tensor:
+        left, right = self.low_rank()
+        return weight.addmm_(left.to(weight), right.T.to(weight))
+
     def delta(self) -> Tensor:
         return ring.delta_from_cores(list(self.row_core), list(self.column_core))
 

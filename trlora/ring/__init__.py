@@ -25,3 +25,7 @@ from trlora.ring.shapes import check_matrix_ring as check_matrix_ring
 from trlora.ring.shapes import check_ranks as check_ranks
 from trlora.ring.shapes import check_ring as check_ring
 from trlora.ring.shapes import ranks_of as ranks_of
+from trlora.ring.two_site import TwoSites as TwoSites
+from trlora.ring.two_site import change_by_cores as change_by_cores
+from trlora.ring.two_site import of_terms as of_terms
+from trlora.ring.two_site import two_sites as two_sites

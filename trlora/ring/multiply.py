@@ -30,13 +30,9 @@ def multiply_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     Raises:
         ShapeError: the cores are no ring, or the weight has another number of columns.
     """
-    check_matrix_ring(cores)
-    columns = math.prod(int(core.shape[0]) for core in cores)
-    if weight.shape[-1] != columns:
-        raise ShapeError(f"a weight of {weight.shape[-1]} columns given, expected {columns}")
+    cut = best_cut(cores, weight.shape[-1])
     if len(cores) == 1:
         return weight @ cores[0].diagonal(dim1=2, dim2=3).sum(-1)
-    cut = min(range(1, len(cores)), key=lambda d: _flops_a_row(cores, d))
     fast, slow = open_chain(cores[:cut]), open_chain(cores[cut:])
     i_a, j_a, first, middle = fast.shape
     i_b, j_b = slow.shape[:2]
@@ -45,6 +41,22 @@ def multiply_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     rows = weight.shape[0]
     met = (weight.reshape(rows * i_b, i_a) @ left).view(rows, i_b * first * middle, j_a)
     return torch.matmul(right, met).reshape(rows, j_b * j_a)
+
+
+def best_cut(cores: Sequence[Tensor], columns: int) -> int:
+    """The number of cores in front of the cut that costs the least; of a single core 1.
+
+    Args:
+        columns: of the weight that is to be multiplied.
+
+    Raises:
+        ShapeError: the cores are no ring, or the weight has another number of columns.
+    """
+    check_matrix_ring(cores)
+    expected = math.prod(int(core.shape[0]) for core in cores)
+    if columns != expected:
+        raise ShapeError(f"a weight of {columns} columns given, expected {expected}")
+    return min(range(1, len(cores)), key=lambda d: _flops_a_row(cores, d), default=1)
 
 
 def _flops_a_row(cores: Sequence[Tensor], cut: int) -> int:

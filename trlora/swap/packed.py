@@ -9,8 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from trlora.ring import TwoSites
 from trlora.swap.fragments import columns_of_8, padded, rows_of_8, rows_of_16
-from trlora.swap.two_site import RingSites, TwoSites, power_of_two
+from trlora.swap.two_site import RingSites, power_of_two
 from trlora.swap.variant import Variant
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trlora.layers import LayerAdapter
+from trlora.ring import TwoSites
 from trlora.swap.packed import Factors
-from trlora.swap.two_site import RingSites, TwoSites, ring_sites, splits_of, two_sites
+from trlora.swap.two_site import RingSites, ring_sites, splits_of, two_sites
 from trlora.swap.variant import SHARED_BYTES, Variant, free_splits
 
 _RING_RANK = 8

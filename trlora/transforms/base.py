@@ -36,6 +36,10 @@ class AbstractTransform(nn.Module, ABC):
     def multiply(self, weight: Tensor) -> Tensor:
         """`weight @ T`, (rows, features) → (rows, features), without forming T where that is cheaper."""
 
+    def change(self, weight: Tensor) -> Tensor:
+        """`weight @ (T − I)`, a new tensor. Members that know it better than by a difference override it."""
+        return self.multiply(weight) - weight
+
     def fitted(self, channels: int, features: int) -> Self | None:
         """This transform for a layer, or None where it does not fit. Members that know only a part of the layer's shape
         override it.

@@ -42,6 +42,12 @@ class TensorRingTransform(AbstractTransform):
     def multiply(self, weight: Tensor) -> Tensor:
         return ring.multiply_cores(weight, list(self.core))
 
+    def change(self, weight: Tensor) -> Tensor:
+        cores = list(self.core)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, *cores)):
+            return super().change(weight)
+        return ring.change_by_cores(weight, cores)
+
     def identity_penalty(self) -> Tensor:
         return ring.identity_penalty(list(self.core))
 
