@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, final
@@ -13,6 +12,7 @@ from typing import Any, NoReturn, final
 import click
 
 from trexport import __version__
+from trexport.cli.interrupts import interruptible
 from trexport.errors import TrexportError
 
 # name → (module, one line for the list of commands)
@@ -116,30 +116,11 @@ def cli() -> None:
     """Trained adapters of diffusion models to production: merge, export, prove equal, measure."""
 
 
-def _interrupt_on_signals() -> None:
-    """Let SIGTERM end a run as Ctrl-C does, and let no interrupt get lost: Python drops one that comes while an object is
-    being deleted, so it is sent again."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    def dropped(args: Any) -> None:
-        if isinstance(args.exc_value, KeyboardInterrupt) and hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, stop)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            sys.__unraisablehook__(args)
-
-    signal.signal(signal.SIGTERM, stop)
-    sys.unraisablehook = dropped
-
-
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point."""
-
-    _interrupt_on_signals()
     try:
-        code = cli.main(args=args, prog_name="trexport", standalone_mode=False)
+        with interruptible():
+            code = cli.main(args=args, prog_name="trexport", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.code if isinstance(error, _Failure) else error.exit_code)

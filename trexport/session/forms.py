@@ -18,7 +18,7 @@ from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
 from trexport.pristine import copy_of, stored_weights
 from trexport.session.form import AdapterForm, Prepared
-from trexport.session.replaced import ReplacedForm
+from trexport.session.replaced import ReplacedForm, pristine_of_engine
 
 
 @final
@@ -126,7 +126,11 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
     if artifact.manifest.swappable is not None:
         swappable = swappable_of(artifact)
         if artifact.manifest.kind == "engine":
-            return ReplacedForm(artifact, swappable.slot, device)
+            return ReplacedForm(swappable.slot, pristine_of_engine(artifact, swappable.slot), device)
+        if device == "cuda":  # where `trlora.swap` has a kernel
+            stored = stored_weights(artifact, swappable.slot)
+            pristine = {path: copy_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}
+            return ReplacedForm(swappable.slot, pristine, device)
         return SwappableForm(artifact, swappable, device)
     if artifact.manifest.factored is None:
         return None
