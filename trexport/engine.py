@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from torch import Tensor
 from trexport.adapter_file import factored_of, layer_shapes, slots_of, swappable_of
 from trexport.artifact import ADAPTED_NAME, Artifact
 from trexport.backends import EngineBackend, EngineOptions, OnnxFile, TorchModel
-from trexport.backends.base import BuildReport
+from trexport.backends.base import BuildReport, EngineRecord
 from trexport.disk import check_disk
 from trexport.errors import UsageError
 from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, ModelSpec, TensorSpec, default_sizes, downscale_of
+from trexport.io_spec import BYTES_OF, Dtype, ModelSpec, TensorSpec, default_sizes, downscale_of
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.sample import sample_of
-from trexport.models.unet import layers_of, scaled_biases
+from trexport.models.unet import DTYPES, layers_of, scaled_biases
 from trexport.pristine import copy_of, stored_weights
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -95,7 +95,9 @@ def build_engine(
         _write_json(folder / BUILD_NAME, report.to_dict())
         _copy_pipeline(artifact, folder)
         if manifest.swappable is not None:
-            safetensors.torch.save_file(pristine_weights(artifact), unet / ADAPTED_NAME)
+            pristine = pristine_weights(artifact)
+            pristine |= neighbours(base, record, pristine, manifest.dtype)
+            safetensors.torch.save_file(pristine, unet / ADAPTED_NAME)
         layers: dict[str, tuple[int, ...]] = {}
         if takes_adapters:
             shapes = layer_shapes(artifact)
@@ -156,6 +158,20 @@ def default_profile(artifact: Artifact, base: Base) -> Profile:
 def pristine_weights(artifact: Artifact) -> dict[str, Tensor]:
     """Of a swappable ONNX artifact the adapted weights before any adapter, by parameter name, in the artifact's dtype."""
     return {name: copy_of(stored) for name, stored in stored_weights(artifact, swappable_of(artifact).slot).items()}
+
+
+def neighbours(base: Base, record: EngineRecord, adapted: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    """The weights that lie in one constant with adapted ones and are not adapted themselves, by parameter name: who replaces
+    a part of a constant gives the whole."""
+    names = {path: f"{path}.weight" for path in record.placements}
+    touched = {rows.constant for path, rows in record.placements.items() if names[path] in adapted}
+    wanted = {names[path] for path, rows in record.placements.items() if rows.constant in touched} - adapted.keys()
+    return {
+        entry.name: file.tensor(entry.name).to(DTYPES[dtype])
+        for file in base.weights
+        for entry in file.entries
+        if entry.name in wanted
+    }
 
 
 def _fixed_by(io: ModelSpec, profiles: Sequence[Profile]) -> ModelSpec:

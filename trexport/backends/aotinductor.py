@@ -10,6 +10,9 @@ out = model(sample=x, timestep=torch.tensor(500.0), encoder_hidden_states=c)  # 
 model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_update=False)  # the UNet's parameter names
 ```
 
+Several linear layers of one input are one in the package (`trexport.models.fused`); the record's `placements` say in which
+constant, and where in it, a layer's weight lies.
+
 Inputs are contiguous, of the dtypes in the manifest, on the package's device, inside its profile. torch takes constants of a
 wrong shape without a word and draws garbage: check them first, as the runner here does. A package is machine code: load only
 what you trust.
@@ -49,6 +52,7 @@ from trexport.backends.base import (
 )
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, downscale_of, unet_spec
+from trexport.models.fused import fuse_, options_for
 from trexport.models.unet import DTYPES, call_unet, fitted, load_unet, merge_into_, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -58,9 +62,17 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _MULTIPLE = "height_width_multiple"
 _FEATURES = "cpu_features"
 _LAST_WORDS = 1500
+_LEVEL = 1
+_LEVELS: tuple[dict[str, Any], ...] = (
+    {},
+    {"conv_1x1_as_mm": True},
+    {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True},
+    {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "max_autotune": True},
+)
+"""Settings of the compiler by optimization level; from 1 on the UNet is rewritten too. Tuning measures on the device, which
+takes minutes."""
 # What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
 _UNKNOWN = {
-    "optimization_level": "--optimization-level",
     "workspace_bytes": "--workspace",
     "timing_cache": "--timing-cache",
     "version_compatible": "--version-compatible",
@@ -160,7 +172,8 @@ def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[st
 
 @final
 class _AotInductorRunner(Runner):
-    """A loaded package. Weights given as `constants` are used where they lie: who overwrites them changes the next run."""
+    """A loaded package. Weights given as `constants`, by the names of `EngineRecord.constants`, are used where they lie: who
+    overwrites them changes the next run."""
 
     def __init__(self, source: EngineFile, device: Device) -> None:
         self.spec = source.spec
@@ -248,7 +261,7 @@ class _AotInductorRunner(Runner):
             ArtifactError: one that is no adapted weight of the engine, or of another shape or dtype.
         """
         (dtype,) = [DTYPES[tensor.dtype] for tensor in self.spec.inputs if tensor.name == "sample"]
-        layers = {f"{path}.weight": shape for path, shape in source.record.layers.items()}
+        layers = source.record.constants()
         for name, tensor in source.constants.items():
             if name not in layers:
                 raise ArtifactError(f"{source.path}: {name} is no weight that this engine lets be replaced")
@@ -293,6 +306,9 @@ class AotInductor(EngineBackend):
         for field, option in _UNKNOWN.items():
             if getattr(options, field) not in (None, False):
                 raise UsageError(f"{option}: aotinductor has no such option; leave it out")
+        level = options.optimization_level
+        if level is not None and level >= len(_LEVELS):
+            raise UsageError(f"--optimization-level {level}: aotinductor knows 0 to {len(_LEVELS) - 1}")
         if len(options.profiles) != 1:
             raise UsageError(
                 f"{len(options.profiles)} profiles given, aotinductor takes one; give one that holds all sizes"
@@ -325,6 +341,8 @@ class AotInductor(EngineBackend):
         model = cast(nn.Module, load_unet(source.base, source.dtype, progress=progress))
         merge_into_(model, source.adapters, progress=progress)
         model.to(device)
+        level = _LEVEL if options.optimization_level is None else options.optimization_level
+        fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}
@@ -333,6 +351,7 @@ class AotInductor(EngineBackend):
             "always_keep_tensor_constants": True,
             # it may run on a machine with another number of cores
             "cpp.dynamic_threads": True,
+            **_LEVELS[level],
         }
         path = folder / self.file_name
         start = time.perf_counter()
@@ -351,7 +370,9 @@ class AotInductor(EngineBackend):
                     )
         except Exception as error:  # tracer, compiler and linker each have their own
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
-        settings |= {"device": device, _MULTIPLE: multiple}
+        settings |= {"device": device, _MULTIPLE: multiple, "optimization_level": level}
+        if fused is not None:
+            settings["rewrites"] = fused.to_dict()
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(
@@ -361,6 +382,7 @@ class AotInductor(EngineBackend):
             targets=(_target(device),),
             profiles=(profile,),
             settings=settings,
+            placements={} if fused is None else fused.placements,
         )
         return record, BuildReport(time.perf_counter() - start, path.stat().st_size)
 

@@ -15,6 +15,7 @@ from trexport.errors import UsageError
 from trexport.io_spec import Dtype, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.models.rows import Rows
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 
@@ -69,11 +70,26 @@ class EngineRecord:
     """What the builder was told, by its own names."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Adapted layer → shape of its weight, where adapters may come and go."""
+    placements: Mapping[str, Rows] = field(default_factory=dict)
+    """Layer → where its weight lies in one that several layers were made into."""
 
     @property
     def device(self) -> Device:
         """The kind of device that it runs on."""
         return "cpu" if self.targets == ("cpu",) else "cuda"
+
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """The weights that may be replaced, by the engine's names, and their shapes: of adapted layers, or those that hold
+        them."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, shape in self.layers.items():
+            place = self.placements.get(path)
+            if place is None:
+                found[f"{path}.weight"] = shape
+            else:
+                parts = [other for other in self.placements.values() if other.constant == place.constant]
+                found[place.constant] = (sum(part.rows for part in parts), *shape[1:])
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -84,6 +100,7 @@ class EngineRecord:
             "profiles": [profile.to_dict() for profile in self.profiles],
             "settings": dict(self.settings),
             "layers": {path: list(shape) for path, shape in self.layers.items()},
+            "placements": {path: rows.to_list() for path, rows in self.placements.items()},
         }
 
     @classmethod
@@ -97,6 +114,7 @@ class EngineRecord:
             profiles=tuple(Profile.from_dict(entry) for entry in fields["profiles"]),
             settings=fields["settings"],
             layers={path: tuple(shape) for path, shape in fields["layers"].items()},
+            placements={path: Rows(*rows) for path, rows in fields.get("placements", {}).items()},
         )
 
 
@@ -123,7 +141,7 @@ class EngineOptions:
     device: Device = "cpu"
     """Of backends that build for a kind of device only."""
     optimization_level: int | None = None
-    """0 to 5; None for the builder's own."""
+    """From 0; None for the builder's own. TensorRT knows 0 to 5, AOTInductor 0 to 3."""
     workspace_bytes: int | None = None
     """Scratch memory that layers may use; None for all of the device's."""
     timing_cache: Path | None = None

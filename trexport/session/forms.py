@@ -126,7 +126,8 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
     if artifact.manifest.swappable is not None:
         swappable = swappable_of(artifact)
         if artifact.manifest.kind == "engine":
-            return ReplacedForm(swappable.slot, pristine_of_engine(artifact, swappable.slot), device)
+            placements = artifact.engine_record.placements
+            return ReplacedForm(swappable.slot, pristine_of_engine(artifact, swappable.slot), device, placements)
         if device == "cuda":  # where `trlora.swap` has a kernel
             stored = stored_weights(artifact, swappable.slot)
             pristine = {path: copy_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}

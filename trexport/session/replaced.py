@@ -8,6 +8,7 @@ from typing import final
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from trexport.artifact import ADAPTED_NAME, Artifact
@@ -15,6 +16,7 @@ from trexport.backends import Device
 from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
+from trexport.models.rows import Rows
 from trexport.session.form import AdapterForm, Prepared
 from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
@@ -26,16 +28,31 @@ class ReplacedForm(AdapterForm):
 
     Args:
         slot: the place for adapters.
-        pristine: layer path → W0, the buffers' dtypes.
+        pristine: layer path → W0, of the slot's layers and of those that lie in one constant with them.
+        placements: of layers whose weight is a part of a greater constant.
     """
 
     report: SwapReport
 
-    def __init__(self, slot: Slot, pristine: Mapping[str, Tensor], device: Device) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        pristine: Mapping[str, Tensor],
+        device: Device,
+        placements: Mapping[str, Rows] | None = None,
+    ) -> None:
         self._slot = slot
-        on_device = {path: pristine[path].to(device) for path in slot.layers}
-        self.buffers = {f"{path}.weight": tensor.clone() for path, tensor in on_device.items()}
-        self._writer = WeightWriter(on_device, {path: self.buffers[f"{path}.weight"] for path in slot.layers})
+        places = placements or {}
+        on_device = {path: tensor.to(device) for path, tensor in pristine.items()}
+        self.buffers = {f"{path}.weight": on_device[path].clone() for path in slot.layers if path not in places}
+        written = {path: self.buffers[f"{path}.weight"] for path in slot.layers if path not in places}
+        for constant in dict.fromkeys(places[path].constant for path in slot.layers if path in places):
+            members = sorted((rows.first, path) for path, rows in places.items() if rows.constant == constant)
+            self.buffers[constant] = torch.cat([on_device[path] for _, path in members])
+            for first, path in members:
+                if path in slot.layers:
+                    written[path] = self.buffers[constant][first : first + places[path].rows]
+        self._writer = WeightWriter({path: on_device[path] for path in written}, written)
 
     def slots(self) -> Sequence[Slot]:
         return [self._slot]
@@ -60,17 +77,21 @@ def _on_device(prepared: Prepared) -> PreparedAdapter:
 
 
 def pristine_of_engine(artifact: Artifact, slot: Slot) -> dict[str, Tensor]:
-    """The weights before any adapter that lie beside an engine, by layer path.
+    """The weights before any adapter that lie beside an engine, by layer path: of the slot's layers and of those that lie in
+    one constant with them.
 
     Raises:
-        ArtifactError: they are not there, or not those of the slot's layers.
+        ArtifactError: they are not there, or not those of these layers.
     """
     file = artifact.model_folder / ADAPTED_NAME
     try:
         stored = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: the weights before any adapter cannot be read ({error})") from error
-    missing = [path for path in slot.layers if f"{path}.weight" not in stored]
+    places = artifact.engine_record.placements
+    touched = {places[path].constant for path in slot.layers if path in places}
+    wanted = [*slot.layers, *(path for path, rows in places.items() if rows.constant in touched)]
+    missing = [path for path in wanted if f"{path}.weight" not in stored]
     if missing:
         raise ArtifactError(f"{file}: {missing[0]}.weight is not in it; build the engine again")
-    return {path: stored[f"{path}.weight"] for path in slot.layers}
+    return {path: stored[f"{path}.weight"] for path in wanted}

@@ -279,7 +279,7 @@ def check(form: str = "merged", **options: object) -> EngineOptions:
     ("options", "says"),
     [
         ({"targets": ("sm89",)}, "--target"),
-        ({"optimization_level": 3}, "--optimization-level"),
+        ({"optimization_level": 4}, "knows 0 to 3"),
         ({"timing_cache": Path("x")}, "--timing-cache"),
         ({"refit": "all"}, "--refit"),
         ({"strip": True}, "--strip"),

@@ -15,11 +15,11 @@ from diffusers import UNet2DConditionModel
 from trexport.errors import UsageError
 from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_attention_
 from trexport.models.fused.group_norm import fuse_group_norm_
-from trexport.models.fused.options import ALL, FuseOptions, FuseReport, Outcome, Rows, options_for
+from trexport.models.fused.options import ALL, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
 from trexport.models.fused.time_embedding import fuse_time_embedding_
 from trlora.errors import nearest
 
-__all__ = ["ALL", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "Rows", "fuse_", "options_for"]
+__all__ = ["ALL", "PROJECTIONS", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "fuse_", "options_for"]
 
 REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
     "self_attention": fuse_self_attention_,

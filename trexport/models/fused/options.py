@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 import torch
 
+from trexport.models.rows import Rows
+
 Kernels = Literal["torch", "triton"]
 Attention = Literal["default", "cudnn"]
 
-ALL = ("self_attention", "cross_attention", "time_embedding", "group_norm")
+PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
+"""The rewrites that make one product of several."""
+ALL = (*PROJECTIONS, "group_norm")
 """The names of all rewrites, see `trexport.models.fused.REWRITES`."""
 
 
@@ -32,34 +35,17 @@ class FuseOptions:
 
 
 def options_for(device: torch.device | str, dtype: torch.dtype) -> FuseOptions:
-    """All rewrites with the kernels that were measured to be best on a device.
+    """What was measured to be best on a device: the projections in one product each, and on compute capability 9.0, in half
+    precision, cuDNN's attention.
 
-    cuDNN's attention was measured on compute capability 9.0 only and takes half precision only; everywhere else it is
-    torch's own choice.
+    Our normalisations are left out: on an H100 the compiler's own, which take in the additions around them, are faster
+    (`benchmarks/NOTES.md`).
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        return FuseOptions()
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     half = dtype in (torch.float16, torch.bfloat16)
-    return FuseOptions(
-        kernels="triton" if importlib.util.find_spec("triton") is not None else "torch",
-        attention="cudnn" if hopper and half and torch.backends.cudnn.is_available() else "default",
-    )
-
-
-@final
-@dataclass(frozen=True)
-class Rows:
-    """Where a layer's weight lies in a fused one: `constant[first : first + rows]`."""
-
-    constant: str
-    """The fused parameter's name in the rewritten UNet."""
-    first: int
-    rows: int
-
-    def to_list(self) -> list[Any]:
-        return [self.constant, self.first, self.rows]
+    cudnn = hopper and half and torch.backends.cudnn.is_available()
+    return FuseOptions(PROJECTIONS, attention="cudnn" if cudnn else "default")
 
 
 @final

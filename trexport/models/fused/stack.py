@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trexport.models.fused.options import Rows
+from trexport.models.rows import Rows
 
 
 def stacked(layers: Mapping[str, nn.Linear], name: str) -> tuple[nn.Linear, dict[str, Rows]]:
