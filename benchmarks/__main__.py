@@ -10,6 +10,7 @@ import torch
 from benchmarks import (
     engine_gpu,
     engine_rtx,
+    every_form,
     forms_gpu,
     forms_sd15,
     merge_sd15,
@@ -40,6 +41,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
         True,
         engine_gpu.main,
+    ),
+    "every-form": (
+        "what `trexport bench --forms` prints of random:sd15, fp16: every form, engines, a bank of 8, a swap",
+        True,
+        every_form.main,
     ),
     "forms-gpu": (
         "factored, bank and swappable of random:sd15 in ONNX Runtime CUDA, fp16: step, swap",

@@ -28,7 +28,7 @@ class BackendResult:
     peak_memory_bytes: int
     """Above what was in use before it was loaded, loading included."""
     relative_l2: float
-    """Of its output to the first backend's, so that nobody is fast by being wrong."""
+    """Of its output to that of eager torch in float32, so that nobody is fast by being wrong."""
     note: str | None = None
     """What whoever reads the latency must know."""
 

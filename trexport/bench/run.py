@@ -68,6 +68,7 @@ def bench(
     sizes = default_sizes(base.config) | _fixed({**onnx, **engines}) | dict(options.sizes or {})
     spec = unet_spec(base.config, options.dtype)
     feeds = random_feeds(spec, {axis: sizes[axis] for axis in FREE_AXES}, seed=0)
+    reference = _reference(base, adapters, feeds, spec, device)
     ceiling = measure_ceiling(device, options.dtype)
     work = work_of(base, spec, sizes, options.dtype)
     least_ms = ceiling.least_ms(work)
@@ -106,7 +107,6 @@ def bench(
             raise MissingError("no backend can run here: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
         latencies = time_steps(steps, device, warm_up=options.warm_up, iterations=options.iterations, progress=progress)
         first = next(iter(steps))
-        reference = _output(steps[first], spec)
         results = []
         for name, values in latencies.items():
             latency = Latency.of(values)
@@ -160,6 +160,20 @@ def _for_batch(file: _File, batch: int) -> _File:
         if name in (ADAPTER_INDEX, ADAPTER_STRENGTH)
     }
     return replace(file, constants={**file.constants, **chosen})
+
+
+def _reference(
+    base: Base, adapters: Sequence[BoundAdapter], feeds: Mapping[str, torch.Tensor], spec: ModelSpec, device: Device
+) -> torch.Tensor:
+    """The step in float32 by eager torch, of inputs as the others see them, without TF32."""
+    wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with backend_of("torch").load(TorchModel(base, adapters, "fp32"), device) as runner:
+            return runner(wide)[spec.outputs[0].name].cpu()
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _output(step: Step, spec: ModelSpec) -> torch.Tensor:

@@ -20,6 +20,11 @@ from trexport.cli.options import adapters_argument, device_option, dtype_option,
 @click.option("--warm-up", type=click.IntRange(min=0), default=3, show_default=True, help="Rounds before them.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="Write bench.json and bench.png.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in the output folder.")
+@click.option(
+    "--forms",
+    is_flag=True,
+    help="Of a BASE with ADAPTERs: export merged, factored, swappable and a bank, build the engines, measure all; minutes.",
+)
 @click.option("--base", help="For an artifact: where its base is now; where it was, unless given.")
 @click.option("--adapter", "moved", multiple=True, help="Likewise for each adapter, in their order.")
 @size_options
@@ -34,6 +39,7 @@ def command(
     warm_up: int,
     out: Path | None,
     overwrite: bool,
+    forms: bool,
     base: str | None,
     moved: tuple[str, ...],
     batch_size: int | None,
@@ -48,10 +54,10 @@ def command(
     TARGET is an artifact of `trexport onnx` or `trexport engine`, which brings its base and adapters along, or a BASE with
     ADAPTERs for the backends that need no artifact. Several artifacts of one base, merged, factored or swappable, ONNX or
     engines, are measured side by side, swaps of adapters too, and it is said from how many swaps an hour, and adapters,
-    which form wins.
+    which form wins. With --forms all of them are made first, in a folder that is gone afterwards.
 
     Latencies are medians with p10 and p90; on CUDA, device time of a CUDA graph on resident buffers. Ratios are to the first
-    backend.
+    backend, relative L2 to eager torch in float32.
     """
     from trexport.artifact import Artifact, open_artifact
     from trexport.backends import BACKENDS, EngineFile, OnnxFile, backend_of, device_of
@@ -73,6 +79,14 @@ def command(
     if out is not None:
         check_free(out, overwrite=overwrite)
     progress = progress_for(as_json)
+    sizes = given_sizes(
+        {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
+    )
+    if forms:
+        if (Path(target) / MANIFEST_NAME).is_file() or backends:
+            raise UsageError("--forms makes its own artifacts and engines: give a BASE with ADAPTERs, and no --backend")
+        _every_form(target, adapters, dtype or "fp32", device, sizes, warm_up, iterations, out, overwrite, as_json)
+        return
     artifacts: list[Artifact] = []
     chosen = dtype
     if (Path(target) / MANIFEST_NAME).is_file():
@@ -107,23 +121,22 @@ def command(
     }
     if len(onnx) + len(engines) < len(exported):
         raise UsageError("two artifacts of the same form and backend given; give one of each")
-    sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     options = BenchOptions(
         backends=backends or tuple(BACKENDS),
         dtype=chosen or "fp32",  # type: ignore[arg-type]
-        sizes=given_sizes(sizes),
+        sizes=sizes,
         warm_up=warm_up,
         iterations=iterations,
         skip_missing=not backends,
     )
     report = bench(source, bound, onnx, where, options, engines=engines, progress=progress)
-    forms: FormsReport | None = None
+    costs_of_forms: FormsReport | None = None
     if several:
         results = {result.backend: result for result in report.results}
         rows = [(artifact, results.get(f"{backend_for(artifact)}, {form}")) for form, artifact, _ in exported]
         costs = [cost_of(artifact, bound, where, result) for artifact, result in rows if result is not None]
-        forms = report_forms(costs) if costs else None
-    fields = report.to_dict() | ({"forms": asdict(forms)} if forms is not None else {})
+        costs_of_forms = report_forms(costs) if costs else None
+    fields = report.to_dict() | ({"forms": asdict(costs_of_forms)} if costs_of_forms is not None else {})
     if out is not None:
         with atomic_folder(out, overwrite=overwrite) as folder:
             (folder / "bench.json").write_text(
@@ -134,7 +147,53 @@ def command(
         print_json(fields)
     else:
         show_bench(report)
-        if forms is not None:
-            show_forms(forms)
+        if costs_of_forms is not None:
+            show_forms(costs_of_forms)
         if out is not None:
             click.echo(f"written: {out}")
+
+
+def _every_form(
+    target: str,
+    arguments: tuple[str, ...],
+    dtype: str,
+    device: str,
+    sizes: dict[str, int],
+    warm_up: int,
+    iterations: int,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """`--forms`"""
+    import tempfile
+
+    from trexport.backends import device_of
+    from trexport.bench.every_form import bench_every_form
+    from trexport.bench.report import plot
+    from trexport.bench.run import BenchOptions
+    from trexport.cli.console import print_json, progress_for
+    from trexport.cli.show import show_every_form
+    from trexport.jsonable import finite
+    from trexport.models.adapters import open_adapters
+    from trexport.models.base import open_base
+    from trlora.files import atomic_folder
+
+    base = open_base(target)
+    adapters = open_adapters(arguments, base)
+    options = BenchOptions(dtype=dtype, sizes=sizes, warm_up=warm_up, iterations=iterations)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory(prefix="trexport-bench-") as folder:
+        found = bench_every_form(
+            base, adapters, device_of(device), Path(folder), options, progress=progress_for(as_json)
+        )
+    if out is not None:
+        with atomic_folder(out, overwrite=overwrite) as temporary:
+            text = json.dumps(finite(found.to_dict()), indent=2, allow_nan=False)
+            (temporary / "bench.json").write_text(f"{text}\n", encoding="utf-8")
+            plot(found.steps, temporary / "bench.png")
+    if as_json:
+        print_json(found.to_dict())
+        return
+    show_every_form(found)
+    if out is not None:
+        click.echo(f"written: {out}")

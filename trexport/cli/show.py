@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from trexport.backends.base import BuildReport
+from trexport.bench.every_form import EveryForm
 from trexport.bench.forms import FormsReport
 from trexport.bench.report import BenchReport
 from trexport.cli.console import gigabytes, print_table
@@ -141,6 +142,23 @@ def show_forms(report: FormsReport) -> None:
     print_table("forms", columns, rows)
     for swaps, form in report.winners:
         click.echo(f"from {swaps:,.0f} swaps an hour on, on a busy device: {form}")
+
+
+def show_every_form(found: EveryForm) -> None:
+    """The table of `trexport bench --forms`."""
+    show_bench(found.steps)
+    show_forms(found.forms)
+    rows = [
+        (
+            row.what,
+            f"{row.value:.3f}{f' {row.unit}' if row.unit else ''}",
+            "" if row.roofline_share is None else f"{row.roofline_share:.1%}",
+        )
+        for row in found.rows
+    ]
+    print_table("what adapters cost", ["", "", "roofline"], rows)
+    for name, reason in found.left_out.items():
+        click.echo(f"left out {name}: {reason}")
 
 
 def show_parity_summary(reports: Mapping[str, ParityReport]) -> None:
