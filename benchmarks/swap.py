@@ -86,7 +86,8 @@ def run(source: str, dtype: torch.dtype, device: Device) -> dict[str, Any]:
             "wrong": wrong,
             "report": str(writer.write(active)),
         } | _errors(pristine, buffers, [(item, STRENGTH) for item in layers])
-    on_device = writer.prepare(moved).layers
+    prepared = writer.prepare(moved)
+    on_device = {path: prepared.on_device(path) for path in moved}
     rows["torch, layer by layer"] = {"ms": _timed(lambda: _plain(pristine, buffers, on_device), device)} | _errors(
         pristine, buffers, [(moved, STRENGTH)]
     )

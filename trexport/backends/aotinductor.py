@@ -10,8 +10,8 @@ out = model(sample=x, timestep=torch.tensor(500.0), encoder_hidden_states=c)  # 
 model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_update=False)  # the UNet's parameter names
 ```
 
-Several linear layers of one input are one in the package (`trexport.models.fused`); the record's `placements` say in which
-constant, and where in it, a layer's weight lies.
+From `--optimization-level 1` on, several linear layers of one input are one in the package (`trexport.models.fused`); the
+record's `placements` say in which constant, and where in it, a layer's weight lies.
 
 Inputs are contiguous, of the dtypes in the manifest, on the package's device, inside its profile. torch takes constants of a
 wrong shape without a word and draws garbage: check them first, as the runner here does. A package is machine code: load only
@@ -62,7 +62,6 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _MULTIPLE = "height_width_multiple"
 _FEATURES = "cpu_features"
 _LAST_WORDS = 1500
-_LEVEL = 1
 _LEVELS: tuple[dict[str, Any], ...] = (
     {},
     {"conv_1x1_as_mm": True},
@@ -70,7 +69,7 @@ _LEVELS: tuple[dict[str, Any], ...] = (
     {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "max_autotune": True},
 )
 """Settings of the compiler by optimization level; from 1 on the UNet is rewritten too. Tuning measures on the device, which
-takes minutes."""
+takes minutes. 0 is what is done unasked: of the others none was seen to run on a GPU yet (`benchmarks/NOTES.md`)."""
 # What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
 _UNKNOWN = {
     "workspace_bytes": "--workspace",
@@ -341,7 +340,7 @@ class AotInductor(EngineBackend):
         model = cast(nn.Module, load_unet(source.base, source.dtype, progress=progress))
         merge_into_(model, source.adapters, progress=progress)
         model.to(device)
-        level = _LEVEL if options.optimization_level is None else options.optimization_level
+        level = options.optimization_level or 0
         fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -39,7 +39,9 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     "own, unless given.",
 )
 @click.option(
-    "--optimization-level", type=click.IntRange(0, 5), help="How long the builder searches; its own unless given."
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    help="How long the builder searches (aotinductor: 0 to 3); its own unless given.",
 )
 @click.option(
     "--workspace", "workspace_bytes", callback=_size, metavar="SIZE", help="Scratch memory of layers, as in 4G."

@@ -21,7 +21,7 @@ from tests.helpers import bits
 from tests.trexport.helpers import SIZES, drawn_by_torch, leftovers, run_cli
 from trexport.artifact import ADAPTED_NAME, Artifact, open_artifact
 from trexport.backends import BACKENDS, EngineFile, EngineOptions, EngineRecord, engine_backend_of
-from trexport.backends.aotinductor import _cache
+from trexport.backends.aotinductor import _AotInductorRunner, _cache
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.deploy.options import TritonOptions
@@ -45,10 +45,10 @@ FREE = "1x8x8x5,2x8x8x5,3x12x16x9"
 QUICK = ValidateOptions(timesteps=(1, 500), seeds=(0,), trajectory_steps=2, locate=False)
 
 
-def build(artifact: Artifact, out: Path, profile: str) -> Artifact:
+def build(artifact: Artifact, out: Path, profile: str, level: int | None = None) -> Artifact:
     base, adapters = artifact.sources()
     parsed = parse_profile(profile, artifact.manifest.io, usual_sizes(artifact, base))
-    build_engine(artifact, base, adapters, out, AOTI, EngineOptions((parsed,)))
+    build_engine(artifact, base, adapters, out, AOTI, EngineOptions((parsed,), optimization_level=level))
     return open_artifact(out)
 
 
@@ -60,8 +60,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory, onnx_artifact: Artifact) ->
 
 @pytest.fixture(scope="module")
 def replaced(tmp_path_factory: pytest.TempPathFactory, swappable: Artifact) -> Artifact:
-    """Swappable, blank, of fixed `SIZES`."""
-    return build(swappable, tmp_path_factory.mktemp("aoti") / "replaced", "2x8x8x5")
+    """Swappable, blank, of fixed `SIZES`, from a rewritten UNet."""
+    return build(swappable, tmp_path_factory.mktemp("aoti") / "replaced", "2x8x8x5", level=1)
 
 
 def feeds_of(artifact: Artifact, **sizes: int) -> dict[str, Tensor]:
@@ -77,6 +77,21 @@ def test_the_artifact(merged: Artifact, onnx_artifact: Artifact) -> None:
     assert leftovers(merged.folder) == ["build.json", "trexport.json", "unet"]
     assert leftovers(merged.folder / "unet") == ["config.json", "model.pt2"]
     assert AOTI.loads_here(record)[0]
+
+
+def test_the_record_says_what_was_rewritten(merged: Artifact, replaced: Artifact) -> None:
+    plain, record = merged.engine_record, replaced.engine_record
+    assert (plain.settings["optimization_level"], plain.placements) == (0, {})
+    assert record.settings["optimization_level"] == 1
+    counts = record.settings["rewrites"]["replaced"]
+    assert min(counts.values()) > 0
+    names = {rows.constant for rows in record.placements.values()}
+    assert len(names) == counts["self_attention"] + 2  # one for all texts, one for all time embeddings
+    with BACKENDS["aotinductor"].load(source_of(replaced, [], "cpu"), "cpu") as runner:
+        assert isinstance(runner, _AotInductorRunner)
+        assert names <= set(runner._model.get_constant_fqns())
+    adapted = {f"{path}.weight" for path in record.layers}
+    assert not adapted & {f"{path}.weight" for path in record.placements} & record.constants().keys()
 
 
 def test_no_cache_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
