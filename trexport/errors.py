@@ -43,3 +43,7 @@ class MissingError(TrexportError):
     """A package, device or backend that is not here; the message says what to install. Exit code 4."""
 
     exit_code: ClassVar[int] = 4
+
+
+class AdapterWarning(UserWarning):
+    """Something of an adapter that is left out, though the rest is taken."""

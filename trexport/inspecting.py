@@ -73,7 +73,8 @@ def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
 def _folder(name: str, path: Path, progress: Progress) -> Inspection:
     if (path / MANIFEST_NAME).is_file():
         return _artifact(name, path, progress)
-    if (path / CONFIG_NAME).is_file() or (path / WEIGHTS_NAME).is_file():
+    alone = len(list(path.glob("*.safetensors"))) == 1 and not (path / "config.json").is_file()
+    if (path / CONFIG_NAME).is_file() or (path / WEIGHTS_NAME).is_file() or (alone and is_adapter(path)):
         return _adapter(name, path)
     for model in (path / "unet" / "model.onnx", path / "model.onnx"):
         if model.is_file():
@@ -96,6 +97,7 @@ def _adapter(name: str, path: Path) -> Inspection:
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
         "looks_like": looks_like(widths_of(adapter.layers)),
+        "left_out": list(adapter.notes),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }
     rows = []

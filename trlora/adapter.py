@@ -26,6 +26,8 @@ class Adapter:
     source: str = "adapter"
     format: str = FORMAT
     """The format that it was read from."""
+    notes: tuple[str, ...] = ()
+    """What of its source is not in it."""
 
     @classmethod
     def of(
@@ -35,6 +37,7 @@ class Adapter:
         base_model: BaseModel | None = None,
         source: str = "adapter",
         format: str = FORMAT,
+        notes: tuple[str, ...] = (),
     ) -> Self:
         """An adapter of layers that are described each by itself: the commonest description becomes the config's default, so
         that it says once what holds for most."""
@@ -43,7 +46,9 @@ class Adapter:
             counts[parts.spec] = counts.get(parts.spec, 0) + 1
         default = max(counts, key=lambda spec: counts[spec])
         overrides = {path: parts.spec for path, parts in layers.items() if parts.spec != default}
-        return cls(AdapterConfig(default, overrides, strength, base_model or BaseModel()), layers, source, format)
+        return cls(
+            AdapterConfig(default, overrides, strength, base_model or BaseModel()), layers, source, format, notes
+        )
 
     @property
     def parameters(self) -> int:

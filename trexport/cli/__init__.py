@@ -6,14 +6,16 @@ import errno
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, final
 
 import click
 
 from trexport import __version__
 from trexport.cli.interrupts import interruptible
-from trexport.errors import TrexportError
+from trexport.errors import AdapterWarning, TrexportError
 
 # name → (module, one line for the list of commands)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -116,10 +118,28 @@ def cli() -> None:
     """Trained adapters of diffusion models to production: merge, export, prove equal, measure."""
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings as a line for users; others as Python shows them."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, AdapterWarning):
+            click.echo(f"warning: {message}", err=True)
+        else:
+            before(message, category, *rest)
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """The entry point."""
     try:
-        with interruptible():
+        with interruptible(), _plain_warnings():
             code = cli.main(args=args, prog_name="trexport", standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -10,6 +10,8 @@ from trexport.formats.content import Content as Content
 from trexport.formats.content import listed, read_content
 from trexport.formats.describe import method_of as method_of
 from trexport.formats.describe import ranks_of as ranks_of
+from trexport.formats.diffusers import DiffusersFormat
+from trexport.formats.kohya import KohyaFormat
 from trexport.formats.looks import looks_like as looks_like
 from trexport.formats.looks import widths_of as widths_of
 from trexport.formats.peft import PeftFormat
@@ -17,7 +19,7 @@ from trexport.formats.trlora import TrloraFormat
 from trlora import Adapter, CheckpointError
 from trlora.checkpoint import CONFIG_NAME
 
-FORMATS: list[AdapterFormat] = [TrloraFormat(), PeftFormat()]
+FORMATS: list[AdapterFormat] = [TrloraFormat(), PeftFormat(), KohyaFormat(), DiffusersFormat()]
 """The first that recognises a content reads it."""
 
 

@@ -37,12 +37,15 @@ class Content:
 
 
 def read_content(path: Path) -> Content:
-    """Read a folder with `adapter_model.safetensors`, or a single safetensors file of any name.
+    """Read a folder with `adapter_model.safetensors`, or with a single safetensors file, or such a file, of any name.
 
     Raises:
         CheckpointError: no safetensors inside, a truncated or corrupt file, a pickle, a config that is no JSON.
     """
     weights = path / WEIGHTS_NAME if path.is_dir() else path
+    if path.is_dir() and not weights.is_file():
+        alone = sorted(path.glob("*.safetensors"))
+        weights = alone[0] if len(alone) == 1 else weights
     if not weights.is_file():
         raise CheckpointError(f"{path}: no {WEIGHTS_NAME} inside, expected one beside {CONFIG_NAME}{_instead(path)}")
     tensors, metadata = read_safetensors(weights)

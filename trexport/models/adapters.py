@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Protocol, final
 
 import torch
 
-from trexport.errors import TrexportError, UsageError
+from trexport.errors import AdapterWarning, TrexportError, UsageError
 from trexport.formats import looks_like, read_adapter, widths_of
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
@@ -75,6 +76,8 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
             path = adapter_path(name)
             adapter = read_adapter(path)
             digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
+            for note in adapter.notes:
+                warnings.warn(f"{name}: {note}", AdapterWarning, stacklevel=2)
         chosen = adapter.config.strength if strength is None else strength
         bound.append(BoundAdapter(name, adapter, _bind(adapter, base), chosen, digest))
     return bound

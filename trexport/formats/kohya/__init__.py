@@ -1,0 +1,122 @@
+"""Adapters of kohya's scripts and of LyCORIS. A new method is one file here, one line in `METHODS`, one entry in the
+tests."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import final
+
+from torch import Tensor
+
+from trexport.formats.content import Content, listed
+from trexport.formats.kohya.full import Full
+from trexport.formats.kohya.ia3 import Ia3
+from trexport.formats.kohya.locon import Locon
+from trexport.formats.kohya.loha import Loha
+from trexport.formats.kohya.lokr import Lokr
+from trexport.formats.kohya.method import Method
+from trexport.formats.kohya.names import dotted
+from trexport.formats.text import text_note
+from trlora import Adapter, CheckpointError, LayerParts, TrloraError
+from trlora.checkpoint import check_tensor
+
+METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Full())
+"""The first whose telling leaf begins one of a layer's."""
+
+_REFUSED = {
+    "oft_blocks": "OFT of LyCORIS turns the outputs of a layer; transforms here act on its inputs",
+    "oft_diag": "OFT of kohya's older scripts is not read",
+    "a1.weight": "GLoRA is not read",
+    "w_norm": "changes of normalisations are not read, only linear layers and convolutions change",
+    "b_norm": "changes of normalisations are not read, only linear layers and convolutions change",
+    "lora_D": "T-LoRA is not read",
+}
+"""What is known and cannot be expressed, by a leaf."""
+
+_UNET = ("lora_unet_", "lycoris_")
+_TEXT = re.compile(r"lora_te(\d?)_")
+
+
+@final
+class KohyaFormat:
+    """Keys `lora_unet_<module>.<leaf>` with underscores for the dots of a path, `lora_te_…` for text encoders."""
+
+    name = "kohya and LyCORIS"
+
+    def recognises(self, content: Content) -> bool:
+        return any(key.startswith(_UNET) or _TEXT.match(key) for key in content.tensors)
+
+    def read(self, content: Content) -> Adapter:
+        try:
+            return self._read(content)
+        except TrloraError as error:
+            raise CheckpointError(f"{content.path}: {error}") from error
+
+    def _read(self, content: Content) -> Adapter:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        encoders: Counter[str] = Counter()
+        unknown: list[str] = []
+        for key, tensor in content.tensors.items():
+            prefix = next((prefix for prefix in _UNET if key.startswith(prefix)), None)
+            name, _, leaf = key.partition(".")
+            text = _TEXT.match(key)
+            if text is not None:
+                encoders["text_encoder_2" if text[1] == "2" else "text_encoder"] += 1
+            elif prefix is None or not leaf:
+                unknown.append(key)
+            else:
+                by_name.setdefault(name.removeprefix(prefix), {})[leaf] = tensor
+                if leaf != "on_input":
+                    check_tensor(key, tensor)
+        if unknown:
+            raise CheckpointError(
+                f"{len(unknown)} of {len(content.tensors)} keys are none of kohya's, lora_unet_<module>.<leaf> or "
+                f"lora_te_<module>.<leaf>: {listed(unknown)}"
+            )
+        if not by_name:
+            raise CheckpointError(f"nothing for the UNet inside{': ' if encoders else ''}{text_note(encoders)}")
+        layers: dict[str, LayerParts] = {}
+        kinds: Counter[str] = Counter()
+        problems: list[str] = []
+        for name, tensors in by_name.items():
+            path = dotted(name)
+            try:
+                method = _method_of(path, tensors)
+                layers[path] = method.layer(path, tensors)
+                kinds[type(method).__name__] += 1
+            except TrloraError as error:
+                problems.append(str(error))
+        if problems:
+            more = f" (and {len(problems) - 1} more of {len(by_name)} layers)" if len(problems) > 1 else ""
+            raise CheckpointError(f"{problems[0]}{more}")
+        _check_alphas(by_name)
+        notes = (text_note(encoders),) if encoders else ()
+        source = "LyCORIS" if kinds.keys() - {"Locon"} else "kohya"
+        return Adapter.of(layers, 1.0, None, str(content.path), source, notes)
+
+
+def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
+    for leaf, reason in _REFUSED.items():
+        if any(found == leaf or found.startswith(f"{leaf}.") for found in tensors):
+            raise CheckpointError(f"{path}: {leaf}: {reason}")
+    for method in METHODS:
+        if any(leaf.startswith(method.telling) for leaf in tensors):
+            strange = tensors.keys() - set(method.leaves)
+            if strange:
+                beside = listed(tensors.keys() - strange)
+                raise CheckpointError(f"{path}: {listed(strange)} beside {beside}, expected {', '.join(method.leaves)}")
+            return method
+    halves = {"lora_down.weight": "lora_up.weight", "weight": "on_input", "diff_b": "diff"}
+    missing = next((wanted for leaf, wanted in halves.items() if leaf in tensors), None)
+    if missing is not None:
+        raise CheckpointError(f"{path}: {missing} is missing beside {listed(tensors)}")
+    raise CheckpointError(f"{path}: of no method that is known: {listed(tensors)}")
+
+
+def _check_alphas(by_name: dict[str, dict[str, Tensor]]) -> None:
+    """Raises `CheckpointError` where some layers have an alpha and others, that could have one, have not: half a file."""
+    able = {name for name, tensors in by_name.items() if not {"on_input", "diff"} & tensors.keys()}
+    lacking = sorted(name for name in able if "alpha" not in by_name[name])
+    if lacking and len(lacking) < len(able):
+        raise CheckpointError(f"{len(lacking)} of {len(able)} layers have no alpha, the others have: {listed(lacking)}")
