@@ -116,7 +116,7 @@ TREXPORT_STOREYS = [
     {"backends"},  # ONNX Runtime's rewrites the graph that it loads
     {"artifact"},
     {"adapter_file", "pristine"},
-    {"session", "engine"},
+    {"session", "engine", "convert"},
     {"parity", "inspecting", "refit"},
     {"bench", "deploy"},
     {"demo"},

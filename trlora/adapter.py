@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self, final
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Adapter:
     """The format that it was read from."""
     notes: tuple[str, ...] = ()
     """What of its source is not in it."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What its source says of where it comes from: kohya's `ss_…`, ModelSpec's `modelspec.…`."""
 
     @classmethod
     def of(
@@ -38,6 +40,7 @@ class Adapter:
         source: str = "adapter",
         format: str = FORMAT,
         notes: tuple[str, ...] = (),
+        metadata: Mapping[str, str] | None = None,
     ) -> Self:
         """An adapter of layers that are described each by itself: the commonest description becomes the config's default, so
         that it says once what holds for most."""
@@ -46,9 +49,12 @@ class Adapter:
             counts[parts.spec] = counts.get(parts.spec, 0) + 1
         default = max(counts, key=lambda spec: counts[spec])
         overrides = {path: parts.spec for path, parts in layers.items() if parts.spec != default}
-        return cls(
-            AdapterConfig(default, overrides, strength, base_model or BaseModel()), layers, source, format, notes
-        )
+        config = AdapterConfig(default, overrides, strength, base_model or BaseModel())
+        return cls(config, layers, source, format, notes, metadata or {})
+
+    def with_strength(self, strength: float) -> Self:
+        """The same at another strength of its own."""
+        return replace(self, config=replace(self.config, strength=strength))
 
     @property
     def parameters(self) -> int:

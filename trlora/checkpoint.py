@@ -45,10 +45,11 @@ def save_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False)
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists; choose another name, or pass overwrite=True")
         with atomic_file(target) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata={FORMAT: json.dumps(adapter.config.to_dict())})
+            own = {FORMAT: json.dumps(adapter.config.to_dict())}
+            safetensors.torch.save_file(tensors, temporary, metadata={**adapter.metadata, **own})
         return
     with atomic_folder(target, overwrite=overwrite) as folder:
-        safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata=dict(adapter.metadata) or None)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -72,7 +73,12 @@ def load_adapter(path: str | Path) -> Adapter:
         layers = _layers_from_tensors(tensors, config)
     except TrloraError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Adapter(config, layers, str(path))
+    return Adapter(config, layers, str(path), metadata=provenance(metadata))
+
+
+def provenance(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of a header's metadata what says where an adapter comes from: kohya's `ss_…` and ModelSpec's `modelspec.…`."""
+    return {key: value for key, value in metadata.items() if key.startswith(("ss_", "modelspec."))}
 
 
 def _read_config(source: Path, metadata: Mapping[str, str]) -> Any:

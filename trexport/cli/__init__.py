@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trexport.cli.onnx",
         "Export a UNet or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
     ),
+    "convert": ("trexport.cli.convert", "Write an adapter in another form."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),

@@ -16,6 +16,7 @@ from trexport.formats.peft.config import PeftConfig
 from trexport.formats.peft.method import kernel_of, take
 from trexport.formats.text import text_note
 from trlora import Adapter, AdapterSpec, CheckpointError, LayerParts, TrloraError
+from trlora.checkpoint import provenance
 
 METADATA = "lora_adapter_metadata"
 """Header metadata with PEFT's configs, by `<component>.<field>`."""
@@ -89,7 +90,7 @@ class DiffusersFormat:
             more = f" (and {len(problems) - 1} more of {len(by_layer)} layers)" if len(problems) > 1 else ""
             raise CheckpointError(f"{problems[0]}{more}")
         notes = (text_note(encoders),) if encoders else ()
-        return Adapter.of(layers, 1.0, None, str(content.path), "diffusers", notes)
+        return Adapter.of(layers, 1.0, None, str(content.path), "diffusers", notes, provenance(content.metadata))
 
 
 def _layer(path: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> LayerParts:

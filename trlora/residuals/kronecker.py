@@ -66,12 +66,12 @@ class KroneckerResidual(AbstractResidual):
         return (w1 @ (parted @ w2.T)).flatten(-2) * self.scaling
 
     def delta(self) -> Tensor:
-        return torch.kron(self.whole(1).contiguous(), self.whole(2).contiguous()) * self.scaling
+        return _kron(self.whole(1), self.whole(2)) * self.scaling
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """The Kronecker products of the factors; a matrix that is kept whole is its own factor beside an identity."""
         lefts, rights = zip(*(self._thin(number) for number in (1, 2)), strict=True)
-        left, right = (torch.kron(*(factor.contiguous() for factor in pair)) for pair in (lefts, rights))
+        left, right = (_kron(*pair) for pair in (lefts, rights))
         return left * self.scaling, right
 
     def _thin(self, number: int) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,11 @@ class KroneckerResidual(AbstractResidual):
         whole = self.whole(number)
         eye = torch.eye(min(whole.shape), dtype=whole.dtype, device=whole.device)
         return (whole, eye) if whole.shape[0] >= whole.shape[1] else (eye, whole.T)
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.kron`, which fails on some matrices with a side of one (torch 2.13)."""
+    return (a[:, None, :, None] * b[None, :, None, :]).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 @final

@@ -19,7 +19,7 @@ from trexport.formats.kohya.method import Method
 from trexport.formats.kohya.names import dotted
 from trexport.formats.text import text_note
 from trlora import Adapter, CheckpointError, LayerParts, TrloraError
-from trlora.checkpoint import check_tensor
+from trlora.checkpoint import check_tensor, provenance
 
 METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Full())
 """The first whose telling leaf begins one of a layer's."""
@@ -93,7 +93,7 @@ class KohyaFormat:
         _check_alphas(by_name)
         notes = (text_note(encoders),) if encoders else ()
         source = "LyCORIS" if kinds.keys() - {"Locon"} else "kohya"
-        return Adapter.of(layers, 1.0, None, str(content.path), source, notes)
+        return Adapter.of(layers, 1.0, None, str(content.path), source, notes, provenance(content.metadata))
 
 
 def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
