@@ -118,7 +118,7 @@ TREXPORT_STOREYS = [
     {"adapter_file", "pristine"},
     {"session", "engine", "convert"},
     {"parity", "inspecting", "refit"},
-    {"bench", "deploy"},
+    {"bench", "deploy", "comparing"},
     {"demo"},
     {"cli"},
 ]

@@ -21,6 +21,7 @@ from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
+from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -98,6 +99,7 @@ def _adapter(name: str, path: Path) -> Inspection:
         "base_model": config.base_model.to_dict(),
         "looks_like": looks_like(widths_of(adapter.layers)),
         "left_out": list(adapter.notes),
+        "carried": _carried(adapter),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }
     rows = []
@@ -107,6 +109,17 @@ def _adapter(name: str, path: Path) -> Inspection:
         inputs, outputs = ("any" if n is None else n for n in (parts.in_features, parts.out_features))
         rows.append((layer, f"{inputs} → {outputs}", sum(t.numel() for t in tensors), shapes))
     return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
+
+
+def _carried(adapter: Adapter) -> dict[str, str]:
+    """Form → whether an adapter can be in it, and why not."""
+    convolutions = sum(parts.kernel not in (None, ()) for parts in adapter.layers.values())
+    biases = sum(parts.magnitude is not None and parts.magnitude.scales_bias for parts in adapter.layers.values())
+    return {
+        "merged": "yes",
+        "factored": f"no: {convolutions} convolutions" if convolutions else "yes, of linear layers",
+        "swappable": f"no: the biases of {biases} layers change, where they have one" if biases else "yes",
+    }
 
 
 def _unet(name: str, progress: Progress) -> Inspection:

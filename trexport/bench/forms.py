@@ -17,6 +17,7 @@ from trexport.bench.report import BackendResult
 from trexport.errors import UsageError
 from trexport.models.adapters import BoundAdapter
 from trexport.session.forms import BankForm, form_of
+from trexport.session.replaced import ReplacedForm
 from trexport.session.sources import chosen_in_bank, source_of
 
 _HOUR_MS = 3.6e6
@@ -34,6 +35,8 @@ class FormCost:
     model_bytes: int
     adapter_bytes: int
     """That each adapter adds in memory: of a merged model, a model."""
+    swapped_by: str | None = None
+    """What wrote the weights, of forms that write them."""
 
 
 @final
@@ -119,7 +122,8 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
-    return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size)
+    by = str(form.report) if isinstance(form, ReplacedForm) else None
+    return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size, by)
 
 
 def _finish(device: Device) -> None:

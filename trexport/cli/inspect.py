@@ -11,18 +11,20 @@ _SHOWN = 12
 
 @click.command("inspect")
 @click.argument("path")
+@click.argument("other", required=False)
 @click.option("--all", "show_all", is_flag=True, help=f"Show every row of the table, not the first {_SHOWN}.")
 @json_option
-def command(path: str, show_all: bool, as_json: bool) -> None:
+def command(path: str, other: str | None, show_all: bool, as_json: bool) -> None:
     """Say what PATH is: an adapter, a UNet or pipeline, an ONNX model, an artifact of trexport.
 
     It is recognised from its content. Artifacts are verified against their manifest. PATH may also be a sample: or
-    random: name.
+    random: name. With OTHER both are adapters, and compared: layers, methods, ranks, and how far apart they are.
     """
     from trexport.cli.console import print_json, print_table, progress_for
+    from trexport.comparing import compare
     from trexport.inspecting import inspect
 
-    found = inspect(path, progress=progress_for(as_json))
+    found = inspect(path, progress=progress_for(as_json)) if other is None else compare(path, other)
     if as_json:
         print_json(found.to_dict())
         return

@@ -140,6 +140,9 @@ def show_forms(report: FormsReport) -> None:
     ]
     columns = ["", "step ms", "swap ms", "model", "each adapter", "smaller from n adapters"]
     print_table("forms", columns, rows)
+    for cost in report.costs:
+        if cost.swapped_by is not None:
+            click.echo(f"swap of {cost.form}: {cost.swapped_by}")
     for swaps, form in report.winners:
         click.echo(f"from {swaps:,.0f} swaps an hour on, on a busy device: {form}")
 
