@@ -103,8 +103,9 @@ def main() -> None:
     if names:
         fields |= run(source, device, dtype, names)
     if source == "random:sd15" and device == "cuda":
-        command = f"BENCH_VARIANTS={os.environ.get('BENCH_VARIANTS', DEFAULT)} python -m benchmarks step-variants"
-        keep(f"step_variants_{dtype}", command, device, {"base": source} | fields)
+        variables = {"BENCH_VARIANTS": os.environ.get("BENCH_VARIANTS", DEFAULT)}
+        about = {"variables": variables, "base": source}
+        keep(f"step_variants_{dtype}", "python -m benchmarks step-variants", device, about | fields)
 
 
 def run(source: str, device: Device, dtype: Dtype, names: list[str]) -> dict[str, Any]:
