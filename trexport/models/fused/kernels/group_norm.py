@@ -7,6 +7,9 @@ registers. Greater maps take two kernels: partial statistics of slices of rows, 
 normalisation. Sums are shifted by a value of the slice itself, so that a mean far from zero cancels nothing, and parts are
 combined by Chan, Golub and LeVeque's formula ("Updating formulae and a pairwise algorithm for computing sample variances",
 1979).
+
+EPS is a constant of a kernel and no argument: Inductor passes a Python float as float64, and with one such term the rest of
+the kernel is float64 too.
 """
 
 from __future__ import annotations
@@ -50,13 +53,13 @@ def _whole_kernel(
     out,
     rows,
     shift_stride,
-    eps,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    EPS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
 ):
@@ -80,7 +83,7 @@ def _whole_kernel(
     mean = tl.sum(tl.where(member, totals[:, None], 0.0), axis=0)
     values = tl.where(mask, values - mean[None, :], 0.0)
     squares = tl.sum(tl.where(member, tl.sum(values * values, axis=0)[None, :], 0.0), axis=1) / count
-    inverse = tl.sum(tl.where(member, tl.rsqrt(squares + eps)[:, None], 0.0), axis=0)
+    inverse = tl.sum(tl.where(member, tl.rsqrt(squares + EPS)[:, None], 0.0), axis=0)
     y = _finish(values, scale * inverse, offset, SILU)
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)
 
@@ -168,7 +171,6 @@ def _normalise_kernel(
     out,
     rows,
     shift_stride,
-    eps,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -177,6 +179,7 @@ def _normalise_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
+    EPS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
 ):
@@ -207,7 +210,7 @@ def _normalise_kernel(
     # a value of each group, for each of its channels
     member = _members(BLOCK_GROUPS, BLOCK_CHANNELS, WIDTH)
     mean = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
-    inverse = tl.sum(tl.where(member, tl.rsqrt(variance + eps)[:, None], 0.0), axis=0)
+    inverse = tl.sum(tl.where(member, tl.rsqrt(variance + EPS)[:, None], 0.0), axis=0)
     if HAS_SHIFT:
         mean -= tl.load(shift + sample * shift_stride + first + columns, mask=inside, other=0.0).to(tl.float32)
     y = _finish(values - mean[None, :], scale * inverse, offset, SILU)
@@ -242,7 +245,8 @@ def group_norm(
     rows = height * columns
     width = channels // groups
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x, memory_format=torch.channels_last)
+    # not `empty_like(x)`: Inductor writes NaN over all of a channels-last one first, in a kernel of its own
+    out = torch.empty(batch, height, columns, channels, dtype=x.dtype, device=x.device)
     has_shift = shift is not None
     stride = shift.stride(0) if shift is not None else 0
     moved = shift if shift is not None else weight  # never read then
@@ -259,18 +263,18 @@ def group_norm(
             out,
             rows,
             stride,
-            eps,
             CHANNELS=channels,
             WIDTH=width,
             TOGETHER=together,
             BLOCK_GROUPS=triton.next_power_of_2(together),
             BLOCK_CHANNELS=triton.next_power_of_2(together * width),
             BLOCK_ROWS=tile,
+            EPS=eps,
             HAS_SHIFT=has_shift,
             SILU=silu,
             num_warps=16 if tile * lanes > _WHOLE // 2 else 8,
         )
-        return out
+        return out.permute(0, 3, 1, 2)
     together = groups_together(groups, width)
     blocks = triton.cdiv(groups, together)
     means = torch.empty(batch, groups, _SPLITS, dtype=torch.float32, device=x.device)
@@ -305,7 +309,6 @@ def group_norm(
         out,
         rows,
         stride,
-        eps,
         CHANNELS=channels,
         GROUPS=groups,
         WIDTH=width,
@@ -314,8 +317,9 @@ def group_norm(
         BLOCK_CHANNELS=triton.next_power_of_2(together * width),
         BLOCK_ROWS=_ROWS,
         SPLITS=_SPLITS,
+        EPS=eps,
         HAS_SHIFT=has_shift,
         SILU=silu,
         num_warps=4,
     )
-    return out
+    return out.permute(0, 3, 1, 2)
