@@ -63,6 +63,8 @@ class ReplacedForm(AdapterForm):
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         pairs = [(_on_device(prepared), strength) for prepared, strength in active]
         self.report = self._writer.write(pairs)
+        if self._writer.device.type == "cuda":
+            torch.cuda.synchronize()  # a runtime reads the buffers on a stream of its own
         wrong = self._writer.not_finite(pairs)
         if wrong is not None:
             given = {prepared.name: strength for prepared, strength in active}
