@@ -32,6 +32,15 @@ class Split:
         """Those that the mask (N,) or the indices choose."""
         return Split(self.plain[mask], self.outline[mask], self.labels[mask])
 
+    def replaced_by(self, other: Split, mask: Tensor) -> Split:
+        """These, but of another split of the same size where the mask (N,) says so."""
+        picture = mask[:, None, None, None]
+        return Split(
+            self.plain.where(~picture, other.plain),
+            self.outline.where(~picture, other.outline),
+            self.labels.where(~mask, other.labels),
+        )
+
     @property
     def seen(self) -> Split:
         """The digits that the base knows."""

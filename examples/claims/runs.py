@@ -14,7 +14,7 @@ Task = Literal["subject", "control"]
 TASKS: tuple[Task, ...] = ("subject", "control")
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MIDDLE = BUDGETS[1]
 
 

@@ -23,7 +23,7 @@ from tasks import Study
 from torch import Tensor
 from training import Losses, OutOfTime, draw, measure, new_stack, train, trained_weights
 
-STEPS = 500
+STEPS = 400
 CURVE_STEP = 20
 """Losses are written as means of so many steps."""
 

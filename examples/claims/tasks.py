@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,26 @@ DRAWN_PER_PROMPT = 12
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy pictures and the velocity to predict; the first axis is the seed, or one for all seeds."""
+    """Noisy pictures, their levels and prompts, the velocity to predict, and the outlines; with the same leading axes."""
 
     noisy: Tensor
     levels: Tensor
     prompts: Tensor
     target: Tensor
     condition: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """A function on every field."""
+        return Batch(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def reshaped(self, *leading: int) -> Batch:
+        """The first axis as several."""
+        return self.each(lambda part: part.unflatten(0, leading))
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape along a new first axis."""
+    return Batch(*(torch.stack([getattr(batch, field.name) for batch in batches]) for field in fields(Batch)))
 
 
 class Study:
@@ -59,23 +72,22 @@ class Study:
     def with_condition(self) -> bool:
         return self.task == "control"
 
-    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        """The batches of one seed, the same for all its runs, first axis one, on the CPU."""
+    def batches(self, seed: int, steps: int) -> Batch:
+        """All batches of one seed, the same for all its runs, first axis the step, on the CPU."""
         generator = torch.Generator().manual_seed(seed)
-        seen = self.train.seen
+        seen, count = self.train.seen, steps * BATCH_SIZE
         shots = self.train.new.where(torch.randperm(SUBJECT_POOL, generator=generator)[:SHOTS])
-        for _ in range(steps):
-            if self.task == "subject":
-                picks = torch.randint(SHOTS, (BATCH_SIZE // 2,), generator=generator)
-                others = torch.randint(len(seen.labels), (BATCH_SIZE // 2,), generator=generator)
-                chosen = _joined(shots.where(picks), seen.where(others))
-                dropped = torch.rand(BATCH_SIZE, generator=generator) < PROMPT_DROPOUT
-                prompts = chosen.labels.masked_fill(dropped, EMPTY_PROMPT)
-            else:
-                chosen = seen.where(torch.randint(len(seen.labels), (BATCH_SIZE,), generator=generator))
-                prompts = torch.full_like(chosen.labels, EMPTY_PROMPT)
-            levels = torch.randint(self.scheduler.config["num_train_timesteps"], (BATCH_SIZE,), generator=generator)
-            yield self._batch(chosen, levels, prompts, generator)
+        others = seen.where(torch.randint(len(seen.labels), (count,), generator=generator))
+        if self.task == "subject":
+            chosen = shots.where(torch.randint(SHOTS, (count,), generator=generator))
+            first_half = torch.arange(count) % BATCH_SIZE < BATCH_SIZE // 2
+            chosen = chosen.replaced_by(others, ~first_half)
+            dropped = torch.rand(count, generator=generator) < PROMPT_DROPOUT
+            prompts = chosen.labels.masked_fill(dropped, EMPTY_PROMPT)
+        else:
+            chosen, prompts = others, torch.full_like(others.labels, EMPTY_PROMPT)
+        levels = torch.randint(self.scheduler.config["num_train_timesteps"], (count,), generator=generator)
+        return self._batch(chosen, levels, prompts, generator).reshaped(steps, BATCH_SIZE)
 
     def measured(self, choosing: bool) -> dict[str, Batch]:
         """What the loss is measured on after training, by name: each picture at evenly spread noise levels.
@@ -114,14 +126,4 @@ class Study:
         noise = torch.randn(split.plain.shape, generator=generator)
         noisy = self.scheduler.add_noise(split.plain, noise, levels)
         target = self.scheduler.get_velocity(split.plain, noise, levels)
-        return Batch(*(part[None] for part in (noisy, levels, prompts, target, split.outline)))
-
-
-def stacked(batches: Sequence[Batch], device: torch.device) -> Batch:
-    """The batches of several seeds as one, on a device."""
-    fields = ("noisy", "levels", "prompts", "target", "condition")
-    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]).to(device) for name in fields))
-
-
-def _joined(first: Split, second: Split) -> Split:
-    return Split(*(torch.cat([getattr(first, n), getattr(second, n)]) for n in ("plain", "outline", "labels")))
+        return Batch(noisy, levels, prompts, target, split.outline)

@@ -94,16 +94,16 @@ def train(
     device, runs = study.device, stack.runs
     seeds = list(dict.fromkeys(run.seed for run in runs))
     seed_of_run = torch.tensor([seeds.index(run.seed) for run in runs], device=device)
-    streams = [study.batches(seed, steps) for seed in seeds]
+    batches = stacked([study.batches(seed, steps) for seed in seeds]).each(lambda part: part.to(device))
     optimizer = Optimizer(stack, torch.tensor([run.rate for run in runs], device=device), encoder_rate)
     weights = {shape: room.requires_grad_() for shape, room in stack.new_weights().items()}
     alive = torch.ones(len(runs), dtype=torch.bool, device=device)
     broke_off = torch.full((len(runs),), -1, device=device)
     values = torch.zeros(steps, len(runs), device=device)
     started = 0.0
-    for step, batches in enumerate(zip(*streams, strict=True)):
+    for step in range(steps):
         parts = stack.fill_(weights)
-        batch = stacked(batches, device)
+        batch = batches.each(lambda part, step=step: part[:, step])
         loss = losses_of(study, stack, weights, batch, seed_of_run)
         inputs = [*weights.values(), *stack.encoder]
         found = torch.autograd.grad(loss.sum(), inputs)
@@ -136,7 +136,7 @@ def _to_leaves(stack: Stack, parts: list[Tensor], gradients: dict[Shape, Tensor]
 
 
 def losses_of(study: Study, stack: Stack, weights: dict[Shape, Tensor], batch: Batch, row_of_run: Tensor) -> Tensor:
-    """The mean squared error of each run, (runs,); `row_of_run` says which row of the batch a run takes."""
+    """The mean squared error of each run, (runs,); `row_of_run` says which row of the batch (rows, B, …) a run takes."""
 
     def flat(part: Tensor) -> Tensor:
         return part[row_of_run].flatten(0, 1)
@@ -153,10 +153,9 @@ def measure(study: Study, stack: Stack, weights: dict[Shape, Tensor], choosing: 
     row = torch.zeros(len(stack.runs), dtype=torch.long, device=study.device)
     result = {}
     for name, batch in study.measured(choosing).items():
-        count, total = batch.noisy.shape[1], torch.zeros(len(stack.runs), device=study.device)
+        count, total = len(batch.noisy), torch.zeros(len(stack.runs), device=study.device)
         for part in torch.arange(count).split(max(1, IMAGES_AT_ONCE // len(stack.runs))):
-            fields = (batch.noisy, batch.levels, batch.prompts, batch.target, batch.condition)
-            piece = Batch(*(field[:, part].to(study.device) for field in fields))
+            piece = batch.each(lambda field, part=part: field[None, part].to(study.device))
             total += losses_of(study, stack, weights, piece, row) * len(part)
         result[name] = total / count
     return result

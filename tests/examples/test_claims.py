@@ -136,6 +136,41 @@ def test_lorettas_start_has_the_variance_it_claims(scripts: SimpleNamespace) -> 
     assert torch.stack(deltas).var().item() == pytest.approx(1 / 80, rel=0.1)
 
 
+def test_batches_show_few_pictures_of_the_subject(scripts: SimpleNamespace, study_of: Any) -> None:
+    study = study_of("subject")
+    shown = []
+    for seed in (0, 1):
+        batches = study.batches(seed, 30)
+        assert batches.noisy.shape == (30, scripts.tasks.BATCH_SIZE, 1, 16, 16)
+        half = scripts.tasks.BATCH_SIZE // 2
+        assert set(batches.prompts[:, :half].unique().tolist()) == {
+            scripts.pictures.NEW_DIGIT,
+            scripts.pictures.EMPTY_PROMPT,
+        }
+        assert scripts.pictures.NEW_DIGIT not in batches.prompts[:, half:]
+        shown.append({tuple(picture.flatten().tolist()) for picture in batches.condition[:, :half].flatten(0, 1)})
+    assert [len(pictures) for pictures in shown] == [scripts.tasks.SHOTS] * 2
+    assert shown[0] != shown[1]
+    everything = study.measured(True)["subject"], study.measured(False)["subject"]
+    measured = [{tuple(p.flatten().tolist()) for p in batch.condition} for batch in everything]
+    assert not measured[0] & measured[1]
+    assert not (measured[0] | measured[1]) & (shown[0] | shown[1])
+
+
+def test_batches_of_control_are_pictures_with_their_outlines(scripts: SimpleNamespace, study_of: Any) -> None:
+    study = study_of("control")
+    batch = study.batches(0, 2).each(lambda part: part.flatten(0, 1))
+    assert (batch.prompts == scripts.pictures.EMPTY_PROMPT).all()
+    share = study.scheduler.alphas_cumprod[batch.levels].sqrt()[:, None, None, None]
+    noise_share = (1 - share**2).sqrt()
+    plain = share * batch.noisy - noise_share * batch.target  # what the velocity means
+    for picture, outline in zip(plain, batch.condition, strict=True):
+        place = (study.train.plain - picture).abs().flatten(1).mean(1).argmin()
+        torch.testing.assert_close(picture, study.train.plain[place], rtol=0, atol=1e-4)
+        assert torch.equal(outline, study.train.outline[place])
+        assert study.train.labels[place] != scripts.pictures.NEW_DIGIT
+
+
 # --- many at once are what they are alone -------------------------------------------------------------------------------
 
 
@@ -170,7 +205,7 @@ def test_losses_and_gradients_are_those_of_single_runs(scripts: SimpleNamespace,
     runs = runs_of(scripts, "subject", ["dora", "boft", "tlora", "tlora_orthogonal"])
     stack = scripts.training.new_stack(study, runs)
     stack.flat += 0.03 * torch.randn(stack.flat.shape, generator=torch.Generator().manual_seed(0))
-    batch = scripts.tasks.stacked([next(study.batches(seed, 1)) for seed in (0, 1)], torch.device("cpu"))
+    batch = scripts.tasks.stacked([study.batches(seed, 1) for seed in (0, 1)]).each(lambda part: part[:, 0])
     rows = torch.tensor([run.seed for run in runs])
     weights = {shape: room.requires_grad_() for shape, room in stack.new_weights().items()}
     parts = stack.fill_(weights)
