@@ -88,6 +88,10 @@ def _tlora(_in: int, _out: int) -> list[AdapterSpec]:
     return [_spec(_ring(transform), _ring(residual)) for transform, residual in ranks]
 
 
+def _tlora_rank_1(_in: int, _out: int) -> list[AdapterSpec]:
+    return [_spec(_ring(1), _ring(rank)) for rank in range(1, 8)]
+
+
 def _nothing(_in: int, _out: int) -> list[AdapterSpec]:
     return [_spec()]
 
@@ -108,6 +112,7 @@ METHODS = {
 CLAIMS = {
     "tr_small": Method("TR, small random start", _ring_residual, "tr", start="small"),
     "tlora_random": Method("TLoRA, random start of TR", _tlora, "loretta", start="loretta", penalty_weight=PENALTY),
+    "tlora_rank_1": Method("TLoRA, TRM of rank 1", _tlora_rank_1, "tlora", penalty_weight=PENALTY),
     "tlora_no_penalty": Method("TLoRA, no penalty", _tlora, "tlora"),
     "tlora_identity": Method("TLoRA, identity penalty x10", _tlora, "tlora", penalty_weight=10 * PENALTY),
     "tlora_orthogonal": Method("TLoRA, orthogonal penalty", _tlora, "tlora", "zero", "orthogonal", PENALTY),

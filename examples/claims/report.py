@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from runs import MIDDLE, RATES, TASKS, TUNING_SEED, read_results
 HERE = Path(__file__).parent
 MEASURES = {"subject": ("new digit", "prior"), "control": ("overlap", "digit")}
 LOSSES = {"subject": ("subject", "prior"), "control": ("control",)}
-STARTS = ("tr", "tr_small", "loretta", "tlora", "tlora_random")
-PENALTIES = ("tlora_no_penalty", "tlora", "tlora_identity", "tlora_orthogonal", "tlora_orthogonal_10")
+CLAIM_TABLES = {
+    "zero or random start": ("tr", "tr_small", "loretta", "tlora", "tlora_random"),
+    "penalties": ("tlora_no_penalty", "tlora", "tlora_identity", "tlora_orthogonal", "tlora_orthogonal_10"),
+    "rank of the transform": ("tlora", "tlora_rank_1"),
+}
 
 Row = dict[str, Any]
 
@@ -53,10 +57,14 @@ def _name(run: Row) -> str:
 
 def _row(task: str, method: str, budget: int, members: list[Row]) -> Row:
     """One line of a table; the values stand in the order of the seeds."""
+
+    def rounded(values: Iterable[float | None]) -> list[float | None]:
+        return [None if value is None else round(value, 5) for value in values]
+
     members = sorted(members, key=lambda member: member["run"]["seed"])
-    values = {name: [member["measures"][name] for member in members] for name in MEASURES[task]}
-    values |= {f"loss, {name}": [member["loss"][name] for member in members] for name in LOSSES[task]}
-    starts = {f"loss, {name}": [member["loss_at_start"][name] for member in members] for name in LOSSES[task]}
+    values = {name: rounded(member["measures"][name] for member in members) for name in MEASURES[task]}
+    values |= {f"loss, {name}": rounded(member["loss"][name] for member in members) for name in LOSSES[task]}
+    starts = {f"loss, {name}": rounded(member["loss_at_start"][name] for member in members) for name in LOSSES[task]}
     first = members[0]
     return {
         "task": task,
@@ -148,7 +156,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 chosen += [row for row in rows if row["method"] == "nothing"]
             if chosen:
                 parts.append(f"### {task}, {budget:,} parameters\n\n{table(chosen)}")
-        for title, methods in (("zero or random start", STARTS), ("penalties", PENALTIES)):
+        for title, methods in CLAIM_TABLES.items():
             chosen = [row for name in methods for row in rows if row["method"] == name and row["budget"] == MIDDLE]
             if any(row["method"] in CLAIMS for row in chosen):
                 parts.append(f"### {task}: {title}, {MIDDLE:,} parameters\n\n{table(chosen, with_start=True)}")
@@ -191,6 +199,13 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def as_json(summary: dict[str, Any]) -> str:
+    """The summary with a line for each row."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in summary["rows"])
+    rest = json.dumps({name: value for name, value in summary.items() if name != "rows"}, indent=1)
+    return f'{{\n "rows": [\n{rows}\n ],{rest.removeprefix("{")}\n'
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,7 +218,7 @@ def main() -> None:
         parser.error(f"no results in {options.runs}, expected files like subject-lora-{MIDDLE}-seed0.json of study.py")
     summary = summed_up(results, Judging(options.pictures or options.runs / "pictures.npz"), options.runs)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (options.out / "results.json").write_text(as_json(summary), encoding="utf-8")
     plot(summary, options.out / "claims.png")
     print(markdown(summary))
 
