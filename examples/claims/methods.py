@@ -121,7 +121,7 @@ CLAIMS = {
 """What is compared at the middle budget only, each for one claim."""
 
 NOTHING = {"nothing": Method("no adapter", _nothing, "lora")}
-"""What is trained beside the adapter, alone."""
+"""The base, and what is trained beside the adapter, alone."""
 
 ALL_METHODS = {**METHODS, **CLAIMS, **NOTHING}
 

@@ -152,9 +152,8 @@ def markdown(summary: dict[str, Any]) -> str:
         rows = [row for row in summary["rows"] if row["task"] == task]
         for budget in BUDGETS:
             chosen = [row for row in rows if row["budget"] == budget and row["method"] in METHODS]
-            if budget == MIDDLE:
-                chosen += [row for row in rows if row["method"] == "nothing"]
             if chosen:
+                chosen += [row for row in rows if row["method"] == "nothing"]
                 parts.append(f"### {task}, {budget:,} parameters\n\n{table(chosen)}")
         for title, methods in CLAIM_TABLES.items():
             chosen = [row for name in methods for row in rows if row["method"] == name and row["budget"] == MIDDLE]

@@ -47,9 +47,7 @@ def study_runs(task: Task, rates: Mapping[str, float], methods: Collection[str] 
     Raises:
         KeyError: a method has no rate, since its runs that look for one are missing or all broke off.
     """
-    kinds = [(method, MIDDLE) for method in (*METHODS, *CLAIMS)]
-    if task == "control":
-        kinds += [(method, 0) for method in NOTHING]
+    kinds = [(method, MIDDLE) for method in (*METHODS, *CLAIMS)] + [(method, 0) for method in NOTHING]
     kinds += [(method, budget) for budget in BUDGETS if budget != MIDDLE for method in METHODS]
     kinds = [(method, budget) for method, budget in kinds if method in methods]
     return [

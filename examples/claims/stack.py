@@ -162,8 +162,8 @@ class Stack:
             count = span.stop - span.start
             owners += range(span.start, span.stop)
             lengths += [size // count] * count
-        self.segment_owner = torch.tensor(owners, device=device)
-        self.segment_length = torch.tensor(lengths, device=device)
+        self.segment_owner = torch.tensor(owners, dtype=torch.long, device=device)
+        self.segment_length = torch.tensor(lengths, dtype=torch.long, device=device)
         self.owner = self.segment_owner.repeat_interleave(self.segment_length)
         """The run that each element of `flat` belongs to."""
 

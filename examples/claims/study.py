@@ -72,7 +72,7 @@ def _result(
         return round(value.item(), 6) if value.isfinite() else None
 
     steps, broke_off = len(losses.values), int(losses.broke_off[index])
-    curve = [number(part.mean()) for part in losses.values[:, index].cpu().split(CURVE_STEP)]
+    curve = [number(part.mean()) for part in losses.values[:, index].cpu().split(CURVE_STEP) if len(part)]
     chosen = [number(value[index]) for value in after[True].values()]
     whole = broke_off < 0 and None not in chosen
     return {

@@ -54,12 +54,12 @@ def scripts() -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def pictures(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 300 digits, in the file that training reads."""
+    """The first 160 digits, in the file that training reads."""
     path = tmp_path_factory.mktemp("claims") / "pictures.npz"
     digits: Any = load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(DIGITS))
-        few = SimpleNamespace(images=digits.images[:300], target=digits.target[:300])
+        few = SimpleNamespace(images=digits.images[:160], target=digits.target[:160])
         patch.setattr(importlib.import_module("data"), "load_digits", lambda: few)
         scripts.pictures.write_pictures(path)
     return path
@@ -326,11 +326,13 @@ def test_study_and_report(
     monkeypatch.setattr(sys, "argv", [*command, "--methods", "lora", "tlora", "nothing"])
     scripts.study.main()
     first = {path: path.read_bytes() for path in out.glob("*.json")}
-    assert len(first) == 2 * 2 + 2 * 2 + 1  # a rate for each task and method, a seed for each, and the encoder alone
+    assert len(first) == 2 * 2 + 2 * 3  # for each task a rate for each method, a seed for each and for the base
     result = json.loads((out / f"control-tlora-{scripts.runs.MIDDLE}-seed1.json").read_text())
     assert result["encoder_parameters"] == 16 * 10 + 32 * (16 * 9 + 1)
     assert result["broke_off_at_step"] is None
     assert result["loss"]["control"] != result["loss_at_start"]["control"]
+    base = json.loads((out / "subject-nothing-0-seed1.json").read_text())
+    assert (base["parameters"], base["loss"]) == (0, base["loss_at_start"])
 
     (out / f"subject-lora-{scripts.runs.MIDDLE}-seed1.json").unlink()
     scripts.study.main()  # goes on: makes the one that is missing, leaves the others
@@ -345,11 +347,19 @@ def test_study_and_report(
     assert "| TLoRA: TRM + TR | 13,484 |" in text
     summary = json.loads((tmp_path / "results.json").read_text())
     assert {(row["task"], row["method"]) for row in summary["rows"]} == {
-        *((task, method) for task in ("subject", "control") for method in ("lora", "tlora")),
-        ("control", "nothing"),
+        (task, method) for task in ("subject", "control") for method in ("lora", "tlora", "nothing")
     }
     assert all(0 <= v <= 1 for row in summary["rows"] for values in row["values"].values() for v in values)
     assert (tmp_path / "claims.png").stat().st_size > 10_000
+
+
+def test_packs_keep_a_method_and_budget_together(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    run = scripts.runs.Run
+    runs = [run("subject", method, 1, seed, 1e-3) for seed in (0, 1) for method in ("lora", "tr")]
+    scripts.runs.result_file(tmp_path, runs[0]).touch()
+    packs = list(scripts.study.packs([*runs, run("subject", "oft", 1, 0, 1e-3)], tmp_path, 3))
+    names = [[(run.method, run.seed) for run in pack] for pack in packs]
+    assert names == [[("tr", 0), ("tr", 1), ("lora", 1)], [("oft", 0)]]
 
 
 def test_study_stops_in_time(
