@@ -164,7 +164,7 @@ class Stack:
             lengths += [size // count] * count
         self.segment_owner = torch.tensor(owners, dtype=torch.long, device=device)
         self.segment_length = torch.tensor(lengths, dtype=torch.long, device=device)
-        self.owner = self.segment_owner.repeat_interleave(self.segment_length)
+        self.owner = self.segment_owner.repeat_interleave(self.segment_length, output_size=len(self.flat))
         """The run that each element of `flat` belongs to."""
 
     def parameters_of(self, index: int) -> int:
