@@ -1,8 +1,8 @@
 """Adapter checkpoints, format version 1: safetensors and JSON, nothing ever unpickled.
 
 A folder with `adapter_model.safetensors` and `adapter_config.json`, or one `.safetensors` file whose header metadata key
-`trlora` holds the same JSON. Keys are `<module>.transform.<tensor>`, `<module>.residual.<tensor>` and
-`<module>.magnitude.<tensor>`.
+`trlora` holds the same JSON. Keys are `<module>.transform.<tensor>`, `<module>.residual.<tensor>`,
+`<module>.magnitude.<tensor>` and `<module>.output_transform.<tensor>`.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ class TransformOp(MemberOp):
         """`x @ T.T`, x of `rank` dimensions; with `dense`, T is formed first."""
 
     @abstractmethod
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        """`weight @ T`."""
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
+        """`weight @ T`, weight of `rank` dimensions: three where it has the leading axis of a stacked body already."""
 
     @abstractmethod
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:

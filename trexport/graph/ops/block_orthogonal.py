@@ -42,8 +42,8 @@ class BlockOrthogonalOp(TransformOp):
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
         return blocked(body, x, rank, body.turn(values[0], [0, 2, 1]), self._shape)
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        return blocked(body, weight, 2, values[0], self._shape)
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
+        return blocked(body, weight, rank, values[0], self._shape)
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         count, size, _ = self.shapes["blocks"]

@@ -45,11 +45,10 @@ class ButterflyOp(TransformOp):
             x = self._factor(body, x, rank, body.turn(values[i], [0, 2, 1]), i)
         return x
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        rank = 2
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         for i, blocks in enumerate(values):
             weight = self._factor(body, weight, rank, blocks, i)
-            rank = 3 if body.stacked else 2
+            rank = 3 if body.stacked else rank
         return weight
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:

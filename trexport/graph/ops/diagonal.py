@@ -38,7 +38,7 @@ class DiagonalOp(TransformOp):
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
         return body.op("Mul", x, self._scale(body, values))
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         return body.op("Mul", weight, self._scale(body, values))
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:

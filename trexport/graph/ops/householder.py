@@ -42,7 +42,7 @@ class HouseholderOp(TransformOp):
         left, right = (body.narrow(value) for value in values)
         return body.op("Sub", x, body.matmul(body.matmul(x, right), body.turn(left, [1, 0])))
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         left, right = (body.narrow(value) for value in values)
         return body.op("Sub", weight, body.matmul(body.matmul(weight, left), body.turn(right, [1, 0])))
 

@@ -2,8 +2,8 @@
 
     Y = X·W'ᵀ + B,   W' = W·(I + Σ_k s_k (T_k − I)) + Σ_k s_k Δ_k
 
-and where an adapter has a magnitude, whose gain G stands outside, `s_k (diag(G_k)·(W·T_k + Δ_k) − W)` in its stead; a bias
-that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
+and where an adapter has a magnitude, whose gain G stands outside, or a transform U of outputs,
+`s_k (diag(G_k)·(U_kᵀ·W·T_k + Δ_k) − W)` in its stead; a bias that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
 
 | input | shape | type |
 |---|---|---|
@@ -11,7 +11,7 @@ that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
 | W | (out, in), as in torch | T |
 | B (where the layer has one) | (out,) | T |
 | for each adapter: strength | (1,) | float32 |
-| then the tensors of its transform, its residual, its magnitude | see the members in `trexport.graph.ops` | float32 |
+| then the tensors of its parts, in the order of `trlora.spec.PARTS` | see the members in `trexport.graph.ops` | float32 |
 
 Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b] of its own, at its own strength:
 
@@ -22,7 +22,7 @@ Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b]
 | X, W, B | (batch, …, in) and as above | T |
 | index I | (batch,), or (1,) for all | int64, place in the stack |
 | strength s | (batch,), or (1,) for all | float32 |
-| then the tensors of the transforms, the residuals, the magnitudes | (adapters, …): stacked | float32 |
+| then the tensors of the parts, in the same order | (adapters, …): stacked | float32 |
 
 Output Y (…, out), type T. T is float, float16 or bfloat16: that of the artifact, for which the functions are written. The
 name tells the members with their ranks, the layer's shape and the path (see `trexport.graph.ops.plan`); layers that agree in
@@ -95,7 +95,7 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
         added = None
         bias = None if bias is None else _gained(body, bias, slots)
     else:
-        assert not any(slot.magnitude for slot, _, _ in slots), "a gain stands outside: see plan_layer"
+        assert not any(slot.outside for slot, _, _ in slots), "something stands outside: see plan_layer"
         moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots, rank)
         y = body.matmul(moved, body.transpose(weight, [1, 0]))
     if bias is not None:

@@ -2,8 +2,8 @@
 
 Three ways give the same result. `activations` applies the transform's cores to the activations; `dense` forms T once and
 multiplies the activations with it; `weight` rebuilds the adapted weight. The first two keep the residual as two thin
-products beside the layer. The gain of a magnitude stands outside of both: such layers take the third. Which is cheapest
-depends on the tokens that a layer sees against its width.
+products beside the layer. The gain of a magnitude and a transform of outputs stand outside of both: such layers take the
+third. Which is cheapest depends on the tokens that a layer sees against its width.
 """
 
 from __future__ import annotations
@@ -77,13 +77,14 @@ def plan_layer(
         samples: that have an adapter each, in a bank: T or the weight is then formed for every one.
 
     Raises:
-        UsageError: another path than `weight` is forced on a layer with a magnitude.
+        UsageError: another path than `weight` is forced on a layer with a magnitude or a transform of outputs.
     """
-    paths: tuple[Path, ...] = ("weight",) if any(slot.magnitude for slot in slots) else PATHS
+    paths: tuple[Path, ...] = ("weight",) if any(slot.outside for slot in slots) else PATHS
     if forced is not None and forced not in paths:
         raise UsageError(
-            f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) stands outside of the adapted product, so its layers "
-            "rebuild their weight; leave it to the plan, or give --path weight"
+            f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) or a transform of outputs (of LyCORIS' OFT and BOFT) "
+            "stands outside of the adapted product, so its layers rebuild their weight; leave it to the plan, or give "
+            "--path weight"
         )
     each = -(-tokens // samples)
     costs = {path: round(1e3 * samples * _seconds(path, slots, shape, each, model), 6) for path in paths}
@@ -108,6 +109,9 @@ def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tok
             seconds += flops / model.thin_flops_per_second + moved / model.elements_per_second
         if slot.magnitude is not None:
             seconds += 6.0 * rows * columns / model.elements_per_second
+        if slot.output_transform is not None:
+            flops, moved = slot.output_transform.work(columns, dense=False)
+            seconds += flops / model.thin_flops_per_second + (moved + 4.0 * rows * columns) / model.elements_per_second
     if path == "weight":
         seconds += 2.0 * rows * columns / model.elements_per_second  # the runtime cannot prepare the weight beforehand
     return seconds

@@ -47,10 +47,10 @@ class TensorRingTransformOp(TransformOp):
             return body.matmul(x, self._dense(body, values, turned=True))
         return self._chains(body, x, rank, values, rows="j", columns="i")
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         if len(self.shapes) == 1:
             return body.matmul(weight, self._dense(body, values, turned=False))
-        return self._chains(body, weight, 2, values, rows="i", columns="j")
+        return self._chains(body, weight, rank, values, rows="i", columns="j")
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         n = math.prod(shape[0] for shape in self.shapes.values())
