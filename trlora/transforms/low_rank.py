@@ -39,11 +39,15 @@ class LowRankTransform(AbstractTransform):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and R (features, r·taps) with `T = I + L·Rᵀ`."""
-        left, right = self.lora_B.weight * (self.alpha / self.lora_A.weight.shape[0]), self.lora_A.weight.T
+        left, right = self._thin()
         if self.taps == 1:
             return left, right
         eye = torch.eye(self.taps, dtype=left.dtype, device=left.device)
-        return torch.kron(left, eye), torch.kron(right, eye)
+        return torch.kron(left, eye), torch.kron(right.contiguous(), eye)
+
+    def _thin(self) -> tuple[Tensor, Tensor]:
+        """The factors of one tap."""
+        return self.lora_B.weight * (self.alpha / self.lora_A.weight.shape[0]), self.lora_A.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.factors()
@@ -57,8 +61,11 @@ class LowRankTransform(AbstractTransform):
         return weight + self.change(weight)
 
     def change(self, weight: Tensor) -> Tensor:
-        left, right = self.factors()
-        return (weight @ left) @ right.T
+        left, right = self._thin()
+        if self.taps == 1:
+            return (weight @ left) @ right.T
+        by_channel = weight.unflatten(-1, (-1, self.taps)).transpose(-1, -2)
+        return ((by_channel @ left) @ right.T).transpose(-1, -2).flatten(-2)
 
     def fitted(self, channels: int, features: int) -> Self | None:
         """What mixes the channels of a convolution does so for every tap of its kernel."""

@@ -11,28 +11,31 @@ from torch import Tensor
 
 from trexport.formats.content import Content, listed
 from trexport.formats.kohya.full import Full
+from trexport.formats.kohya.glora import Glora
 from trexport.formats.kohya.ia3 import Ia3
 from trexport.formats.kohya.locon import Locon
 from trexport.formats.kohya.loha import Loha
 from trexport.formats.kohya.lokr import Lokr
 from trexport.formats.kohya.method import Method
 from trexport.formats.kohya.names import dotted
+from trexport.formats.kohya.oft import Oft
 from trexport.formats.text import text_note
 from trlora import Adapter, CheckpointError, LayerParts, TrloraError
 from trlora.checkpoint import check_tensor, provenance
 
-METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Full())
+METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Oft(), Glora(), Full())
 """The first whose telling leaf begins one of a layer's."""
 
 _REFUSED = {
-    "oft_blocks": "OFT of LyCORIS turns the outputs of a layer; transforms here act on its inputs",
-    "oft_diag": "OFT of kohya's older scripts is not read",
-    "a1.weight": "GLoRA is not read",
+    "oft_diag": "OFT of LyCORIS' first versions is not read",
     "w_norm": "changes of normalisations are not read, only linear layers and convolutions change",
     "b_norm": "changes of normalisations are not read, only linear layers and convolutions change",
     "lora_D": "T-LoRA is not read",
 }
 """What is known and cannot be expressed, by a leaf."""
+
+_MAY_BE_WHOLE = ("on_input", "alpha")
+"""Leaves that are not always of floating-point numbers."""
 
 _UNET = ("lora_unet_", "lycoris_")
 _TEXT = re.compile(r"lora_te(\d?)_")
@@ -67,7 +70,7 @@ class KohyaFormat:
                 unknown.append(key)
             else:
                 by_name.setdefault(name.removeprefix(prefix), {})[leaf] = tensor
-                if leaf != "on_input":
+                if leaf not in _MAY_BE_WHOLE or tensor.dtype.is_floating_point:
                     check_tensor(key, tensor)
         if unknown:
             raise CheckpointError(
