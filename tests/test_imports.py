@@ -95,7 +95,7 @@ Rule = Callable[[list[Import]], list[Import]]
 # From the ground up. A part imports parts of lower storeys only: neither those above it nor its neighbours.
 TRLORA_STOREYS = [
     {"errors"},
-    {"files", "fields", "tensors", "cayley", "tucker"},
+    {"files", "fields", "tensors", "cayley", "factor", "tucker"},
     {"ring"},
     {"transforms", "residuals", "magnitudes"},
     {"spec"},

@@ -106,6 +106,11 @@ def convert(
     writer = WRITERS[to]
     if writer.single_file and out.suffix != ".safetensors":
         raise UsageError(f"{out}: --to {to} is one file, expected a name that ends in .safetensors")
+    if adapter.offsets:
+        raise UsageError(
+            f"{len(adapter.offsets)} biases and weights of normalisations are changed, {next(iter(adapter.offsets))} first, "
+            "which no LoRA holds: only --to trlora"
+        )
     weights = _weights(adapter, base)
     pairs: dict[str, Pair] = {}
     layers: list[LayerConversion] = []

@@ -26,7 +26,7 @@ from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base, open_base
 from trexport.models.sample import sample_of
-from trexport.models.unet import DTYPES, layers_of, scaled_biases
+from trexport.models.unet import DTYPES, beside_weights, layers_of
 from trexport.pristine import copy_of, stored_weights
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -133,11 +133,11 @@ def build_engine(
 
 
 def check_weights_only(base: Base, adapters: Sequence[BoundAdapter]) -> None:
-    """Raises `UsageError` for adapters that change a bias: a refit sets weights."""
-    biases = scaled_biases(base, adapters)
-    if biases:
+    """Raises `UsageError` for adapters that change a bias or a normalisation: a refit sets weights."""
+    others = beside_weights(base, adapters)
+    if others:
         raise UsageError(
-            f"{biases[0]}: an adapter scales it, as (IA)³ does outside of feed-forward layers, and a refit sets weights "
+            f"{others[0]}: an adapter changes it, as (IA)³ does outside of feed-forward layers, and a refit sets weights "
             "only: build without --refit"
         )
 

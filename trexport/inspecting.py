@@ -94,6 +94,7 @@ def _adapter(name: str, path: Path) -> Inspection:
         "overrides": len(config.overrides),
         "strength": config.strength,
         "layers": len(adapter.layers),
+        "offsets": len(adapter.offsets),
         "parameters": adapter.parameters,
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
@@ -108,6 +109,7 @@ def _adapter(name: str, path: Path) -> Inspection:
         shapes = " ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
         inputs, outputs = ("any" if n is None else n for n in (parts.in_features, parts.out_features))
         rows.append((layer, f"{inputs} → {outputs}", sum(t.numel() for t in tensors), shapes))
+    rows += [(name, "offset", tensor.numel(), str(len(tensor))) for name, tensor in adapter.offsets.items()]
     return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
 
 
@@ -115,6 +117,9 @@ def _carried(adapter: Adapter) -> dict[str, str]:
     """Form → whether an adapter can be in it, and why not."""
     convolutions = sum(parts.kernel not in (None, ()) for parts in adapter.layers.values())
     biases = sum(parts.magnitude is not None and parts.magnitude.scales_bias for parts in adapter.layers.values())
+    if adapter.offsets:
+        no = f"no: {len(adapter.offsets)} biases and weights of normalisations change"
+        return {"merged": "yes", "factored": no, "swappable": no}
     return {
         "merged": "yes",
         "factored": f"no: {convolutions} convolutions" if convolutions else "yes, of linear layers",

@@ -42,6 +42,8 @@ class AdapterRecord:
     sha256: str
     layers: int
     parameters: int
+    offsets: int = 0
+    """Biases and weights of normalisations that it changes beside them."""
 
 
 @final

@@ -21,7 +21,7 @@ from trexport.io_spec import Dtype, unet_spec
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import INDEX_NAME, UNET_CLASS, Base
-from trexport.models.unet import layers_of
+from trexport.models.unet import layers_of, offsets_of, with_offsets
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
 from trexport.models.writer import SafetensorsWriter, bytes_of
 from trexport.progress import SILENT, Progress
@@ -54,7 +54,7 @@ def plan_merge(
     entries = [entry for file in base.weights for entry in _target_entries(file, dtype)]
     size_bytes = sum(entry.size_bytes for entry in entries)
     check_disk(out, size_bytes)
-    return MergePlan(out, len(entries), len(layers_of(adapters)), size_bytes)
+    return MergePlan(out, len(entries), len({**layers_of(adapters), **offsets_of(adapters)}), size_bytes)
 
 
 def merge(
@@ -79,7 +79,7 @@ def merge(
     """
     plan = plan_merge(base, adapters, out, dtype, overwrite=overwrite)
     chosen = dtype or _dtype_of(base)
-    layers = layers_of(adapters)
+    layers, offsets = layers_of(adapters), offsets_of(adapters)
     records: list[LayerMerge] = []
     with (
         atomic_folder(out, overwrite=overwrite) as folder,
@@ -103,6 +103,8 @@ def merge(
                     elif source.name.endswith(".bias"):
                         scaled = _merged_bias(tensor, layers.get(source.name.removesuffix(".bias"), []))
                         tensor, digest = (tensor, digest) if scaled is None else (scaled, None)
+                    if source.name in offsets:
+                        tensor, digest = with_offsets(tensor.float(), offsets[source.name]), None
                     if tensor.dtype != TORCH_DTYPES[target.dtype]:
                         tensor = tensor.to(TORCH_DTYPES[target.dtype])
                         digest = None

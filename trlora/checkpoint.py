@@ -2,7 +2,8 @@
 
 A folder with `adapter_model.safetensors` and `adapter_config.json`, or one `.safetensors` file whose header metadata key
 `trlora` holds the same JSON. Keys are `<module>.transform.<tensor>`, `<module>.residual.<tensor>`,
-`<module>.magnitude.<tensor>` and `<module>.output_transform.<tensor>`.
+`<module>.magnitude.<tensor>` and `<module>.output_transform.<tensor>`; `<module>.bias.offset` and
+`<module>.weight.offset` are what is added to biases and to the weights of normalisations.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trlora.adapter import Adapter
+from trlora.adapter import OFFSET, Adapter
 from trlora.config import FORMAT, AdapterConfig
 from trlora.errors import CheckpointError, TrloraError, nearest
 from trlora.files import atomic_file, atomic_folder
@@ -26,6 +27,7 @@ from trlora.spec import PARTS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+_OFFSETS = (f".bias{OFFSET}", f".weight{OFFSET}")
 
 
 def save_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False) -> None:
@@ -70,10 +72,15 @@ def load_adapter(path: str | Path) -> Adapter:
     tensors, metadata = read_safetensors(weights)
     try:
         config = AdapterConfig.from_dict(_read_config(source, metadata))
-        layers = _layers_from_tensors(tensors, config)
+        offsets = {key.removesuffix(OFFSET): tensors.pop(key) for key in list(tensors) if key.endswith(_OFFSETS)}
+        for name, tensor in offsets.items():
+            check_tensor(f"{name}{OFFSET}", tensor)
+            if tensor.ndim != 1:
+                raise CheckpointError(f"{name}{OFFSET}: shape {tuple(tensor.shape)} found, expected one dimension")
+        layers = _layers_from_tensors(tensors, config, empty=bool(offsets))
     except TrloraError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Adapter(config, layers, str(path), metadata=provenance(metadata))
+    return Adapter(config, layers, str(path), metadata=provenance(metadata), offsets=offsets)
 
 
 def provenance(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -127,13 +134,13 @@ def why_no_safetensors(file: Path, error: Exception) -> str:
     return f"corrupt or truncated safetensors ({error}); fetch it again"
 
 
-def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, LayerParts]:
+def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig, *, empty: bool) -> dict[str, LayerParts]:
     by_layer: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         check_tensor(key, tensor)
         path, part, name = _split_key(key)
         by_layer.setdefault(path, {part: {} for part in PARTS})[part][name] = tensor
-    if not by_layer:
+    if not by_layer and not empty:
         raise CheckpointError("no tensors inside, expected at least one layer")
     for path in config.overrides:
         if path not in by_layer:

@@ -49,6 +49,7 @@ def command(
     from trexport.merging import merge, plan_merge
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.models.unet import offsets_of
 
     opened = open_base(base, revision=revision, variant=variant)
     bound = open_adapters(adapters, opened)
@@ -62,14 +63,18 @@ def command(
                 f"would write {gigabytes(plan.size_bytes)} to {out}: {plan.tensors} tensors, {plan.adapted} adapted"
             )
         return
+    offsets = list(offsets_of(bound))
     report = merge(opened, bound, out, dtype=dtype, overwrite=overwrite, progress=progress_for(as_json))
     if as_json:
         layers = [vars(layer) for layer in report.layers]
-        print_json({"out": str(out), "layers": layers, "unchanged": report.unchanged, "seconds": report.seconds})
+        fields = {"out": str(out), "layers": layers, "unchanged": report.unchanged, "seconds": report.seconds}
+        print_json(fields | {"offsets": offsets})
         return
     most = sorted(report.layers, key=lambda layer: -layer.relative_change)[:8]
     rows = [(layer.path, f"{layer.relative_change:.3e}", f"{layer.seconds * 1e3:.1f}") for layer in most]
     print_table(f"{len(report.layers)} layers merged, the most changed:", ["layer", "relative change", "ms"], rows)
     if report.unchanged:
         click.echo(f"{len(report.unchanged)} layers did not change, {report.unchanged[0]} first")
+    if offsets:
+        click.echo(f"{len(offsets)} biases and weights of normalisations changed, {offsets[0]} first")
     click.echo(f"written: {out}")

@@ -26,7 +26,9 @@ _METHODS: dict[tuple[str, ...], str] = {
 
 
 def method_of(adapter: Adapter) -> str:
-    """The name of the method, from its transform and residual."""
+    """The name of the method, from its parts."""
+    if not adapter.layers:
+        return "offsets"
     spec = adapter.config.default.to_dict()
     transform, residual, magnitude = spec["transform"], spec["residual"], spec.get("magnitude", {"type": "none"})
     types: tuple[str, ...] = (transform["type"], residual["type"], magnitude["type"])

@@ -13,7 +13,7 @@ from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
 from trexport.graph.ops.slots import Slot, banked, joined_slot, slots_for
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import rows_of_layers
+from trexport.models.unet import offsets_of, rows_of_layers
 
 
 @final
@@ -74,7 +74,8 @@ def plan_factored(
         optimum: sizes of all free axes.
 
     Raises:
-        UsageError: no adapter given, more than a bank holds, an unknown `plan_for`, or adapters on convolutions.
+        UsageError: no adapter given, more than a bank holds, an unknown `plan_for`, or adapters on convolutions,
+            biases or normalisations.
         ArtifactError: adapters that cannot share a bank.
     """
     if not adapters:
@@ -83,6 +84,12 @@ def plan_factored(
         raise UsageError(f"no cost model {options.plan_for!r}, expected one of {sorted(COST_MODELS)}")
     if options.bank is not None and not 1 <= len(adapters) <= options.bank:
         raise UsageError(f"{len(adapters)} adapters given for a bank of {options.bank}; give --bank {len(adapters)}")
+    added = offsets_of(adapters)
+    if added:
+        raise UsageError(
+            f"{len(added)} biases and weights of normalisations are changed ({next(iter(added))} the first), which no graph "
+            "keeps factored: export merged"
+        )
     given = [adapter.layers for adapter in adapters]
     slots = slots_for(given) if options.bank is None else [joined_slot(given)]
     shapes = base.weight_shapes()

@@ -16,6 +16,7 @@ from trexport.graph.ops.weight import WeightSignature, weight_function
 from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.models.unet import beside_weights, offsets_of
 
 MERGE_NAME = "merge.onnx"
 ADAPTERS_AXIS = "adapters"
@@ -52,7 +53,7 @@ def plan_swappable(base: Base, adapters: Sequence[BoundAdapter], options: Swappa
     """The slot that takes each of some adapters.
 
     Raises:
-        UsageError: no adapter given, or one that scales a bias.
+        UsageError: no adapter given, or one that changes a bias or a normalisation.
         ArtifactError: adapters that have no common shape.
     """
     if not adapters:
@@ -60,13 +61,12 @@ def plan_swappable(base: Base, adapters: Sequence[BoundAdapter], options: Swappa
             "--swappable needs an adapter, for its shapes: give one (random:tlora:2:6 has any), --blank it"
         )
     slot = joined_slot([adapter.layers for adapter in adapters])
-    parameters = base.shapes()
-    for path, layer in slot.layers.items():
-        if layer.magnitude is not None and layer.magnitude.scales_bias and f"{path}.bias" in parameters:
-            raise UsageError(
-                f"{path}: an adapter scales the layer's bias, as (IA)³ does outside of feed-forward layers, and a swappable "
-                "model takes other weights only: export it merged, or --factored"
-            )
+    others = beside_weights(base, adapters)
+    if others:
+        raise UsageError(
+            f"{others[0]}: an adapter changes it, as (IA)³ does biases outside of feed-forward layers, and a swappable "
+            f"model takes other weights only: export it merged{', or --factored' if not offsets_of(adapters) else ''}"
+        )
     return Swappable(slot, options.blank)
 
 

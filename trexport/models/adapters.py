@@ -36,6 +36,10 @@ class Layers(Protocol):
         (out, in/groups, height, width)."""
         ...
 
+    def addable(self) -> Mapping[str, tuple[int, ...]] | None:
+        """The parameters that offsets are added to, by name; None where nobody adds them."""
+        ...
+
 
 @final
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class BoundAdapter:
     sha256: str
 
     def record(self) -> AdapterRecord:
-        return AdapterRecord(self.name, self.strength, self.sha256, len(self.layers), self.adapter.parameters)
+        layers, offsets = len(self.layers), len(self.adapter.offsets)
+        return AdapterRecord(self.name, self.strength, self.sha256, layers, self.adapter.parameters, offsets)
 
 
 def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
@@ -86,7 +91,7 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
 def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
     shapes = base.weight_shapes()
     try:
-        return adapter.bind(shapes)
+        return adapter.bind(shapes, base.addable())
     except CheckpointError as error:
         wanted = looks_like(widths_of(adapter.layers))
         found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})

@@ -55,6 +55,10 @@ class Base:
             if name.endswith(".weight") and len(shape) in (2, 4)
         }
 
+    def addable(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter: a merge adds to any."""
+        return self.shapes()
+
     @property
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for file in self.weights for entry in file.entries)

@@ -88,6 +88,10 @@ def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress:
                 layer.bias = nn.Parameter(adapted_bias(layer.bias.data, pairs), requires_grad=False)
             records.append(record)
             task.advance(1)
+    for name, pairs in offsets_of(adapters).items():
+        path, _, leaf = name.rpartition(".")
+        parameter = getattr(model.get_submodule(path), leaf)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(with_offsets(parameter.data, pairs), requires_grad=False))
     return records
 
 
@@ -106,10 +110,29 @@ def layers_of(adapters: Sequence[BoundAdapter]) -> dict[str, list[tuple[Any, flo
     return layers
 
 
-def scaled_biases(base: Base, adapters: Sequence[BoundAdapter]) -> list[str]:
-    """The biases of the base that adapters change, by parameter name: what a change of weights alone does not carry."""
+def offsets_of(adapters: Sequence[BoundAdapter]) -> dict[str, list[tuple[Tensor, float]]]:
+    """Parameter name → what adapters add to it, with their strengths."""
+    offsets: dict[str, list[tuple[Tensor, float]]] = {}
+    for adapter in adapters:
+        for name, offset in adapter.adapter.offsets.items():
+            offsets.setdefault(name, []).append((offset, adapter.strength))
+    return offsets
+
+
+def with_offsets(parameter: Tensor, offsets: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """`p + Σ s_k δ_k`, computed in float32 at least and cast once; `parameter` itself where every strength is zero."""
+    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    result = wide
+    for offset, strength in offsets:
+        result = result + offset.to(wide) * strength if strength != 0 else result
+    return parameter if result is wide else result.to(parameter.dtype)
+
+
+def beside_weights(base: Base, adapters: Sequence[BoundAdapter]) -> list[str]:
+    """The parameters that adapters change beside the weights of linear layers and convolutions, by name: scaled biases, and
+    what offsets are added to."""
     parameters = base.shapes()
-    return [
+    return [*offsets_of(adapters)] + [
         f"{path}.bias"
         for path, pairs in layers_of(adapters).items()
         if f"{path}.bias" in parameters and any(adapter.magnitude.scales_bias for adapter, _ in pairs)

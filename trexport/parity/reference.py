@@ -1,4 +1,4 @@
-"""What an artifact must equal: PyTorch in float32, the adapters attached and never merged."""
+"""What an artifact must equal: PyTorch in float32, the adapters attached and never merged, their offsets added."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trexport.backends import Device
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import attach_all_, call_unet, load_unet
+from trexport.models.unet import attach_all_, call_unet, load_unet, with_offsets
 from trexport.progress import SILENT, Progress
-from trlora import set_strengths_
+from trlora import adapted_modules, set_strengths_
 
 
 @final
@@ -27,8 +27,14 @@ class Reference:
         attach_all_(self._model, adapters)
         self._model.to(device)
         self._device = device
+        self._offsets = [adapter.adapter.offsets for adapter in adapters]
+        parameters = dict(self._model.named_parameters())
+        places = {name.replace(".base.", "."): name for name in parameters}  # inside an adapted layer
+        self._changed = {name: parameters[places[name]] for offsets in self._offsets for name in offsets}
+        self._pristine = {name: parameter.data for name, parameter in self._changed.items()}
         self.strengths = [adapter.strength for adapter in adapters]
         self._strengths = {f"adapter{index}": adapter.strength for index, adapter in enumerate(adapters)}
+        self._set(self._strengths)
 
     def adapted(self, feeds: Mapping[str, Tensor]) -> Tensor:
         """One step with all the adapters, float32 on the CPU."""
@@ -54,11 +60,22 @@ class Reference:
 
     def _only(self, number: int | None, feeds: Mapping[str, Tensor]) -> Tensor:
         only = {name: s if name == f"adapter{number}" else 0.0 for name, s in self._strengths.items()}
-        set_strengths_(self._model, only)
+        self._set(only)
         try:
             return self._run(feeds)
         finally:
-            set_strengths_(self._model, self._strengths)
+            self._set(self._strengths)
+
+    def _set(self, strengths: Mapping[str, float]) -> None:
+        named = {name for layer in adapted_modules(self._model).values() for name in layer.adapters}
+        set_strengths_(self._model, {name: strength for name, strength in strengths.items() if name in named})
+        for name, parameter in self._changed.items():
+            pairs = [
+                (offsets[name], strength)
+                for offsets, strength in zip(self._offsets, strengths.values(), strict=True)
+                if name in offsets
+            ]
+            parameter.data = with_offsets(self._pristine[name], pairs)
 
     def _run(self, feeds: Mapping[str, Tensor]) -> Tensor:
         allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

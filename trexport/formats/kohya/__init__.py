@@ -18,6 +18,7 @@ from trexport.formats.kohya.loha import Loha
 from trexport.formats.kohya.lokr import Lokr
 from trexport.formats.kohya.method import Method
 from trexport.formats.kohya.names import dotted
+from trexport.formats.kohya.offsets import take_offsets
 from trexport.formats.kohya.oft import Oft
 from trexport.formats.text import text_note
 from trlora import Adapter, CheckpointError, LayerParts, TrloraError
@@ -28,8 +29,6 @@ METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Oft(), Glora(), F
 
 _REFUSED = {
     "oft_diag": "OFT of LyCORIS' first versions is not read",
-    "w_norm": "changes of normalisations are not read, only linear layers and convolutions change",
-    "b_norm": "changes of normalisations are not read, only linear layers and convolutions change",
     "lora_D": "T-LoRA is not read",
 }
 """What is known and cannot be expressed, by a leaf."""
@@ -80,11 +79,16 @@ class KohyaFormat:
         if not by_name:
             raise CheckpointError(f"nothing for the UNet inside{': ' if encoders else ''}{text_note(encoders)}")
         layers: dict[str, LayerParts] = {}
+        offsets: dict[str, Tensor] = {}
         kinds: Counter[str] = Counter()
         problems: list[str] = []
         for name, tensors in by_name.items():
             path = dotted(name)
             try:
+                offsets |= take_offsets(path, tensors)
+                if not tensors:
+                    kinds["offsets"] += 1
+                    continue
                 method = _method_of(path, tensors)
                 layers[path] = method.layer(path, tensors)
                 kinds[type(method).__name__] += 1
@@ -96,7 +100,7 @@ class KohyaFormat:
         _check_alphas(by_name)
         notes = (text_note(encoders),) if encoders else ()
         source = "LyCORIS" if kinds.keys() - {"Locon"} else "kohya"
-        return Adapter.of(layers, 1.0, None, str(content.path), source, notes, provenance(content.metadata))
+        return Adapter.of(layers, 1.0, None, str(content.path), source, notes, provenance(content.metadata), offsets)
 
 
 def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
@@ -110,7 +114,7 @@ def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
                 beside = listed(tensors.keys() - strange)
                 raise CheckpointError(f"{path}: {listed(strange)} beside {beside}, expected {', '.join(method.leaves)}")
             return method
-    halves = {"lora_down.weight": "lora_up.weight", "weight": "on_input", "diff_b": "diff"}
+    halves = {"lora_down.weight": "lora_up.weight", "weight": "on_input"}
     missing = next((wanted for leaf, wanted in halves.items() if leaf in tensors), None)
     if missing is not None:
         raise CheckpointError(f"{path}: {missing} is missing beside {listed(tensors)}")
@@ -119,7 +123,7 @@ def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
 
 def _check_alphas(by_name: dict[str, dict[str, Tensor]]) -> None:
     """Raises `CheckpointError` where some layers have an alpha and others, that could have one, have not: half a file."""
-    able = {name for name, tensors in by_name.items() if not {"on_input", "diff"} & tensors.keys()}
+    able = {name for name, tensors in by_name.items() if tensors and not {"on_input", "diff"} & tensors.keys()}
     lacking = sorted(name for name in able if "alpha" not in by_name[name])
     if lacking and len(lacking) < len(able):
         raise CheckpointError(f"{len(lacking)} of {len(able)} layers have no alpha, the others have: {listed(lacking)}")
