@@ -11,8 +11,8 @@ import click
 from trexport.cli.options import base_argument, base_options, dry_run_option, json_option
 
 if TYPE_CHECKING:
+    from trexport.fit.goal import FitGoal, FitReport
     from trexport.fit.plan import FitPlan
-    from trexport.fit.run import FitGoal, FitReport
 
 _MEMBER = "NAME, NAME:SIZE, or a JSON object as in a checkpoint. "
 
@@ -78,8 +78,9 @@ def command(
     --max-error, chosen layer by layer; a layer whose parameters are worth more elsewhere then gets no adapter.
     """
     from trexport.cli.console import print_json, progress_for
+    from trexport.fit.goal import check_budget
     from trexport.fit.plan import open_tuned, plan_fit
-    from trexport.fit.run import check_budget, check_out, fit
+    from trexport.fit.run import check_out, fit
     from trexport.models.base import open_base
     from trlora.fit import FitOptions
 
@@ -98,7 +99,11 @@ def command(
             _say_outside(plan)
         return
     options = FitOptions(seed=seed, starts=starts, sweeps=sweeps)
-    report = fit(plan, goal, out, options, overwrite=overwrite, restart=restart, progress=progress)
+    try:
+        report = fit(plan, goal, out, options, overwrite=overwrite, restart=restart, progress=progress)
+    except KeyboardInterrupt:
+        click.echo("finished layers are kept: the same command goes on with them", err=True)
+        raise
     if as_json:
         layers = [
             vars(layer) | {"spec": layer.spec and layer.spec.to_dict(), "relative_error": layer.relative_error}
@@ -114,7 +119,7 @@ def command(
 
 
 def _goal(transform: str, residual: str, magnitude: str, budget: int | None, max_error: float | None) -> FitGoal:
-    from trexport.fit.run import FitGoal
+    from trexport.fit.goal import FitGoal
     from trlora import AdapterSpec, SpecError
     from trlora.fit import size_name
     from trlora.residuals import RESIDUALS

@@ -5,103 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 
 from trexport import __version__
 from trexport.cores import single_threaded_torch
 from trexport.errors import TrexportError
+from trexport.fit.goal import FitGoal, FitReport, FittedLayer, check_budget
 from trexport.fit.plan import FitPlan, TargetLayer
 from trexport.fit.store import Store, StoredFit
 from trexport.models.base import UNET_CLASS
 from trexport.progress import SILENT, Progress
-from trlora import Adapter, AdapterSpec, BaseModel, LayerAdapter, save_adapter
+from trlora import Adapter, BaseModel, save_adapter
 from trlora.errors import TrloraError
 from trlora.files import check_free
-from trlora.fit import FitOptions, Point, Search, fit_curve, ladder, within_budget, within_error
+from trlora.fit import FitOptions, Point, Search, fit_curve, within_budget, within_error
 
 _SHARES = 8
 """No layer is tried with more than so many times its equal share of a budget: hardly any would get it, and it takes long."""
-
-
-@final
-@dataclass(frozen=True)
-class FitGoal:
-    """What is asked for."""
-
-    spec: AdapterSpec
-    choose_transform: bool = False
-    """Whether the transform's size may be chosen, layer by layer, where there is a budget or an error to keep."""
-    choose_residual: bool = False
-    budget: int | None = None
-    """Parameters at most, over all layers."""
-    max_error: float | None = None
-    """`‖W* − W'‖_F / ‖W* − W0‖_F` at most, over all targets."""
-
-
-@final
-@dataclass(frozen=True)
-class FittedLayer:
-    """What became of one layer."""
-
-    path: str
-    spec: AdapterSpec | None
-    """None for a layer that got no adapter, its parameters being worth more elsewhere."""
-    parameters: int
-    error: float
-    """`‖W* − W'‖_F`."""
-    change: float
-    """`‖W* − W0‖_F`."""
-    method: str
-
-    @property
-    def relative_error(self) -> float:
-        return self.error / self.change
-
-
-@final
-@dataclass(frozen=True)
-class FitReport:
-    """What a fit did."""
-
-    layers: tuple[FittedLayer, ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def relative_error(self) -> float:
-        """Of all layers together, as if they were one long vector."""
-        return _norm([layer.error for layer in self.layers]) / _norm([layer.change for layer in self.layers])
-
-
-def smallest_parameters(plan: FitPlan, goal: FitGoal) -> dict[str, int]:
-    """The parameters of the least that each layer may have, by path: of the given sizes, or the smallest ones.
-
-    Raises:
-        TrloraError: the adapter cannot be built for a layer, which the message names.
-    """
-    found = {}
-    for layer in plan.layers:
-        outputs, inputs = layer.shape[0], math.prod(layer.shape[1:])
-        try:
-            spec = _smallest(goal, inputs, outputs)
-            weight = layer.pair.weights()[0].flatten(1)
-            adapter = LayerAdapter.from_spec(spec, inputs, outputs, torch.Generator().manual_seed(0), weight)
-        except TrloraError as error:
-            raise type(error)(f"{layer.path}: {error}") from error
-        found[layer.path] = sum(parameter.numel() for parameter in adapter.parameters())
-        if found[layer.path] == 0:
-            raise TrexportError("transform 'identity' and residual 'none' have no parameters to fit; choose others")
-    return found
 
 
 def fit(
@@ -150,45 +76,14 @@ def check_out(out: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{out} exists; choose another name, or pass --overwrite")
 
 
-def check_budget(plan: FitPlan, goal: FitGoal) -> dict[str, int]:
-    """`smallest_parameters`, or a `TrexportError` where the budget is below the least of them."""
-    smallest = smallest_parameters(plan, goal)
-    least = min(smallest, key=lambda path: smallest[path])
-    if goal.budget is not None and goal.budget < smallest[least]:
-        raise TrexportError(
-            f"a budget of {goal.budget} parameters is too small: the smallest that works is {smallest[least]}, for "
-            f"{least} alone, and {sum(smallest.values())} for the smallest adapter on all {len(smallest)} layers"
-        )
-    return smallest
-
-
-def _smallest(goal: FitGoal, inputs: int, outputs: int) -> AdapterSpec:
-    dense = inputs * outputs
-    chosen = {"transform": _free(goal, goal.choose_transform), "residual": _free(goal, goal.choose_residual)}
-    spec = goal.spec
-    if chosen["transform"]:
-        rungs = ladder(spec.transform, lambda tried: tried.build(inputs), dense)
-        spec = dataclasses.replace(spec, transform=rungs[0] if rungs else spec.transform)
-    if chosen["residual"]:
-        rungs = ladder(spec.residual, lambda tried: tried.build(inputs, outputs), dense)
-        spec = dataclasses.replace(spec, residual=rungs[0] if rungs else spec.residual)
-    return spec
-
-
-def _free(goal: FitGoal, choose: bool) -> bool:
-    return choose and (goal.budget is not None or goal.max_error is not None)
-
-
 def _search(plan: FitPlan, goal: FitGoal, smallest: int) -> Search:
     dense = max(math.prod(layer.shape) for layer in plan.layers)
-    most, enough = dense, 0.0
+    most, enough = max(dense, smallest), 0.0
     if goal.budget is not None:
         most = min(goal.budget, max(smallest, _SHARES * goal.budget // len(plan.layers)))
     if goal.max_error is not None:
         enough = goal.max_error / 2  # better than asked for, so that it may make up for others
-    if goal.budget is None and goal.max_error is None:
-        most = sys.maxsize
-    return Search(_free(goal, goal.choose_transform), _free(goal, goal.choose_residual), most, enough)
+    return Search(goal.free_transform, goal.free_residual, most, enough)
 
 
 def _fit_layers(
@@ -239,7 +134,7 @@ def _choose(
     plan: FitPlan, goal: FitGoal, curves: Sequence[Sequence[StoredFit]], store: Store
 ) -> list[StoredFit | None]:
     """One fit of each layer, or None for a layer that goes without."""
-    if goal.budget is None and goal.max_error is None:
+    if not goal.searches:
         return [curve[-1] for curve in curves]
     points = [
         [Point(0, curve[0].change ** 2), *(Point(fit.parameters, fit.error**2) for fit in curve)] for curve in curves
@@ -282,7 +177,3 @@ def _fingerprint(plan: FitPlan, goal: FitGoal, options: FitOptions) -> dict[str,
         "options": vars(options),
         "versions": {"trexport": __version__, "torch": torch.__version__},
     }
-
-
-def _norm(values: Sequence[float]) -> float:
-    return math.sqrt(math.fsum(value * value for value in values))

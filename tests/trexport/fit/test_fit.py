@@ -15,8 +15,9 @@ from torch import Tensor
 from tests.trexport.helpers import copy_of, leftovers, run_cli, weights_of, write_unet
 from trexport.errors import TrexportError
 from trexport.fit import run
+from trexport.fit.goal import FitGoal, FitReport
 from trexport.fit.plan import FitPlan, open_tuned, plan_fit
-from trexport.fit.run import FitGoal, FitReport, fit
+from trexport.fit.run import fit
 from trexport.merging import merge
 from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, Base, open_base
