@@ -60,8 +60,10 @@ def alternate_(
                 raise InterruptedError("the fit was stopped")
             if not adapter.transform.trivial:
                 step_t(problem.gram, cross_of(problem, adapter.residual))
-            step_r(left_by_transform(problem, adapter))
-            history.append(problem.error(adapter) / scale)
+            target = left_by_transform(problem, adapter)
+            step_r(target)
+            rest = target if adapter.residual.trivial else target - adapter.residual.delta()
+            history.append(float(torch.linalg.vector_norm(rest)) / scale)
             if history[-1] <= _EXACT:
                 break
             if sweep % _LOOK == 0 and history[-1 - _LOOK] - history[-1] <= tolerance * history[-1 - _LOOK]:

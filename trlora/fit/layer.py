@@ -52,7 +52,7 @@ class LayerFit:
     change: float
     """`‖W* − W0‖_F`: the error of no adapter at all."""
     method: str
-    """`ALS`, `L-BFGS`, or both."""
+    """`SVD` (the optimum), `ALS`, `L-BFGS`, or several of them."""
     history: tuple[float, ...]
     """The error relative to the change on the way, in float64; but for rounding it never rises."""
 
@@ -103,7 +103,7 @@ def fit_layer(
             best = (start, history)
     assert best is not None
     adapter, history = best
-    methods = ["ALS" if has_steps(adapter) else "L-BFGS"]
+    methods = ["SVD" if _is_optimum(adapter) else "ALS" if has_steps(adapter) else "L-BFGS"]
     if not list(adapter.parameters()):
         if plain:
             raise FitError("transform 'identity' and residual 'none' have no parameters to fit")
@@ -122,14 +122,21 @@ def fit_layer(
 def _improve_(
     problem: Problem, adapter: LayerAdapter, count: int, tolerance: float, stopped: Callable[[], bool]
 ) -> list[float]:
+    if _is_optimum(adapter):
+        return [problem.error(adapter) / (problem.change or 1.0)]
     if has_steps(adapter):
         return alternate_(problem, adapter, sweeps=count, tolerance=tolerance, stopped=stopped)
     return minimise_(problem, adapter, iterations=count, tolerance=tolerance, stopped=stopped)
 
 
+def _is_optimum(adapter: LayerAdapter) -> bool:
+    """Whether `solve_` has found the optimum of all of it."""
+    return adapter.transform.trivial and isinstance(adapter.residual, LowRankResidual)
+
+
 def _finish_(problem: Problem, adapter: LayerAdapter) -> list[float]:
     """The optimum of a low-rank residual for the transform that was found, which sweeps only come near to."""
-    if not isinstance(adapter.residual, LowRankResidual):
+    if _is_optimum(adapter) or not isinstance(adapter.residual, LowRankResidual):
         return []
     with torch.no_grad():
         residuals.solve_(adapter.residual, left_by_transform(problem, adapter), torch.Generator())

@@ -46,7 +46,7 @@ def ladder(spec: _Spec, build: Callable[[_Spec], nn.Module], most: int) -> list[
     counts: dict[int, _Spec] = {}
     for candidate in tried:
         count = _parameters(candidate, build)
-        if count is not None and count <= most:
+        if count is not None and count <= most and (count or name is None):  # a size without parameters changes nothing
             counts.setdefault(count, candidate)
     return [counts[count] for count in sorted(counts)]
 
