@@ -43,10 +43,10 @@ class Tiling:
 
 _IN_REGISTERS = 32768
 """Most elements of a tile that holds all rows."""
-_PASSING = 16384
+_PASSING = 8192
 """Elements of a tile where all rows pass through twice."""
-_WRITTEN_OUT = 16
-"""Most tiles of a program whose code stands one after another; more are a loop."""
+_WRITTEN_OUT = 8
+"""Most tiles of a slice whose code stands one after another, so that they are loaded together; more are a loop."""
 _FEW = 48
 """With fewer programs than this rows are divided too: a third of an H100's multiprocessors."""
 _WIDE = 128
@@ -67,7 +67,7 @@ def tiling(batch: int | torch.SymInt, rows: int | torch.SymInt, groups: int, wid
         return Tiling(tile, together, 16 if tile * lanes > _IN_REGISTERS // 2 else 8, in_registers=True)
     if isinstance(batch, int) and batch * groups < _FEW:
         return Tiling(_SPLIT_ROWS, groups_together(groups, width, _WIDE), 4, splits=_SPLITS)
-    return Tiling(max(1, _PASSING // lanes), 1, 32)
+    return Tiling(max(1, _PASSING // lanes), 1, 16)
 
 
 def groups_together(groups: int, width: int, channels: int) -> int:
@@ -131,7 +131,6 @@ def _normalised(
             rows=rows,
             shift_stride=stride,
             **sizes,
-            TILES=_tiles(rows, how),
             IN_REGISTERS=how.in_registers,
             EPS=eps,
             KEEP=keep,
@@ -173,10 +172,8 @@ def _normalised(
 
 
 def _tiles(rows: int | torch.SymInt, how: Tiling) -> int:
-    """How many tiles hold the rows of a program, 0 where there are too many to write them out one by one."""
-    if not isinstance(rows, int):
-        return 0
-    tiles = triton.cdiv(triton.cdiv(rows, max(1, how.splits)), how.rows)
+    """How many tiles hold a slice of rows, 0 where it is a loop."""
+    tiles = triton.cdiv(triton.cdiv(rows, how.splits), how.rows) if isinstance(rows, int) else 0
     return tiles if tiles <= _WRITTEN_OUT else 0
 
 

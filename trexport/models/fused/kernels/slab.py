@@ -18,42 +18,6 @@ from trexport.models.fused.kernels.tile import (
 
 
 @triton.jit
-def normalised_tile(
-    x,
-    skip,
-    other,
-    joined,
-    out,
-    moved,
-    mean,
-    scale,
-    offset,
-    start,
-    lines,
-    rows,
-    channels,
-    inside,
-    FIRST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    HAS_OTHER: tl.constexpr,
-    KEEP: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """Read a tile again, write its normalisation."""
-    mask = (lines < rows)[:, None] & inside[None, :]
-    places = start * CHANNELS + lines[:, None] * CHANNELS + channels[None, :]
-    if KEEP:  # the program itself wrote it, before a barrier
-        values = tl.load(joined + places, mask=mask, other=0.0).to(tl.float32)
-    else:
-        values = joined_tile(
-            x, skip, other, moved, start, lines, channels, mask, FIRST, CHANNELS, HAS_SKIP, HAS_OTHER, KEEP
-        )
-    y = finished(values - mean[None, :], scale, offset, SILU)
-    tl.store(out + places, y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def slab_kernel(
     x,
     skip,
@@ -72,7 +36,6 @@ def slab_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    TILES: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     EPS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
@@ -81,7 +44,7 @@ def slab_kernel(
     KEEP: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Program (block of channels, sample). TILES tiles hold all rows; 0 where their number is not known at the build."""
+    """Program (block of channels, sample). IN_REGISTERS: a tile holds all rows."""
     sample = tl.program_id(1).to(tl.int64)
     start = sample * rows
     columns = tl.arange(0, BLOCK_CHANNELS)
@@ -110,23 +73,24 @@ def slab_kernel(
         tl.store(out + places, y.to(out.dtype.element_ty), mask=mask)
     else:
         each, deviation = channel_sums(
-            x, skip, other, joined, moved, start, rows, channels, inside, FIRST, CHANNELS, BLOCK_ROWS, TILES, HAS_SKIP,
+            x, skip, other, joined, moved, start, rows, channels, inside, FIRST, CHANNELS, BLOCK_ROWS, 0, HAS_SKIP,
             HAS_OTHER, KEEP,
         )  # fmt: skip
         means, squares = group_sums(each, deviation, rows, member, WIDTH)
         mean = of_channels(means, member)
         scale *= of_channels(tl.rsqrt(squares / number + EPS), member)
-        if TILES > 0:
-            for tile in tl.static_range(TILES):
-                normalised_tile(
-                    x, skip, other, joined, out, moved, mean, scale, offset, start, tile * BLOCK_ROWS + lines, rows,
-                    channels, inside, FIRST, CHANNELS, HAS_SKIP, HAS_OTHER, KEEP, SILU,
-                )  # fmt: skip
-        else:
-            begin = tl.zeros((), dtype=tl.int32)
-            while begin < rows:
-                normalised_tile(
-                    x, skip, other, joined, out, moved, mean, scale, offset, start, begin + lines, rows,
-                    channels, inside, FIRST, CHANNELS, HAS_SKIP, HAS_OTHER, KEEP, SILU,
-                )  # fmt: skip
-                begin += BLOCK_ROWS
+        # a loop: written out, the tiles' addresses fill the registers
+        begin = tl.zeros((), dtype=tl.int32)
+        while begin < rows:
+            here = begin + lines
+            mask = (here < rows)[:, None] & inside[None, :]
+            places = start * CHANNELS + here[:, None] * CHANNELS + channels[None, :]
+            if KEEP:  # the program itself wrote it, before a barrier
+                values = tl.load(joined + places, mask=mask, other=0.0).to(tl.float32)
+            else:
+                values = joined_tile(
+                    x, skip, other, moved, start, here, channels, mask, FIRST, CHANNELS, HAS_SKIP, HAS_OTHER, KEEP
+                )
+            y = finished(values - mean[None, :], scale, offset, SILU)
+            tl.store(out + places, y.to(out.dtype.element_ty), mask=mask)
+            begin += BLOCK_ROWS
