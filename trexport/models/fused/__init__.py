@@ -16,6 +16,7 @@ from trexport.errors import UsageError
 from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_attention_
 from trexport.models.fused.group_norm import fuse_group_norm_
 from trexport.models.fused.options import ALL, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
+from trexport.models.fused.projection import fuse_projection_
 from trexport.models.fused.time_embedding import fuse_time_embedding_
 from trlora.errors import nearest
 
@@ -24,6 +25,7 @@ __all__ = ["ALL", "PROJECTIONS", "REWRITES", "FuseOptions", "FuseReport", "Outco
 REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
     "self_attention": fuse_self_attention_,
     "cross_attention": fuse_cross_attention_,
+    "projection": fuse_projection_,
     "time_embedding": fuse_time_embedding_,
     "group_norm": fuse_group_norm_,
 }

@@ -15,7 +15,7 @@ Attention = Literal["default", "cudnn"]
 
 PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
 """The rewrites that make one product of several."""
-ALL = (*PROJECTIONS, "group_norm")
+ALL = ("self_attention", "cross_attention", "projection", "time_embedding", "group_norm")
 """The names of all rewrites, see `trexport.models.fused.REWRITES`."""
 
 

@@ -68,7 +68,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_it_is_the_group_norm(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], way: str, dtype: torch.dtype
 ) -> None:
-    from trexport.models.fused.kernels.group_norm import group_norm
+    from trexport.models.fused.kernels.group_norm import normalised
 
     batch, channels, _, _, groups = shape
     x = drawn(shape, dtype)
@@ -77,7 +77,7 @@ def test_it_is_the_group_norm(
     shift = torch.randn(batch, channels + 24, device=DEVICE).to(dtype)[:, 8 : channels + 8]
     force(monkeypatch, way, shape)
     for moved, silu in ((None, True), (shift, True), (shift, False)):
-        found = group_norm(x, moved, weight, bias, groups, 1e-5, silu)
+        _, found = normalised(x, None, moved, None, weight, bias, groups, 1e-5, silu, keep=False)
         joined = x if moved is None else x.double() + moved.double()[:, :, None, None]
         assert found.dtype == dtype
         assert found.is_contiguous(memory_format=torch.channels_last)
@@ -87,7 +87,7 @@ def test_it_is_the_group_norm(
 @pytest.mark.parametrize("join", JOINS.values(), ids=JOINS)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_before_it_is_joined(monkeypatch: pytest.MonkeyPatch, way: str, join: tuple[str, ...]) -> None:
-    from trexport.models.fused.kernels.group_norm import joined_group_norm
+    from trexport.models.fused.kernels.group_norm import normalised
 
     dtype = torch.float16
     shape = SHAPES["large"]
@@ -108,9 +108,10 @@ def test_what_is_before_it_is_joined(monkeypatch: pytest.MonkeyPatch, way: str, 
         sum_ = sum_ + shift.double()[:, :, None, None]
     wanted = sum_ if other is None else torch.cat([sum_, other.double()], 1)
     force(monkeypatch, way, shape)
-    joined, found = joined_group_norm(
-        x, skip if "skip" in join else None, shift, other, weight, bias, groups, 1e-5, True
+    joined, found = normalised(
+        x, skip if "skip" in join else None, shift, other, weight, bias, groups, 1e-5, True, keep=True
     )
+    assert joined is not None
     assert torch.equal(joined, wanted.float().to(dtype)) or relative(joined, wanted) < 3e-4
     # of what is kept, which is what the next layers see
     assert relative(found, oracle(joined, weight, bias, groups, True)) < ROUNDING[dtype]
@@ -118,14 +119,14 @@ def test_what_is_before_it_is_joined(monkeypatch: pytest.MonkeyPatch, way: str, 
 
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_a_mean_a_thousand_times_the_deviation_costs_no_digits(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    from trexport.models.fused.kernels.group_norm import group_norm
+    from trexport.models.fused.kernels.group_norm import normalised
 
     shape = SHAPES["large"]
     batch, channels, height, width, groups = shape
     x = (torch.randn(batch, channels, height, width) + 1000).to(DEVICE)
     ones = torch.ones(channels, device=DEVICE)
     force(monkeypatch, way, shape)
-    found = group_norm(x, None, ones, 0 * ones, groups, 1e-5, False)
+    _, found = normalised(x, None, None, None, ones, 0 * ones, groups, 1e-5, False, keep=False)
     wanted = oracle(x, ones, 0 * ones, groups, False)
     # float32 keeps 1000 + z to 6e-5, and the mean to a few of those; E[x²] − E[x]² would be wrong by 0.06 and more
     assert float((found.double() - wanted).abs().max()) < 5e-4
@@ -133,7 +134,7 @@ def test_a_mean_a_thousand_times_the_deviation_costs_no_digits(monkeypatch: pyte
 
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_other_layouts_are_taken(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    from trexport.models.fused.kernels.group_norm import group_norm
+    from trexport.models.fused.kernels.group_norm import normalised
 
     shape = (2, 12, 9, 5, 3)
     x = torch.randn(shape[:4], device=DEVICE)
@@ -141,7 +142,8 @@ def test_other_layouts_are_taken(monkeypatch: pytest.MonkeyPatch, way: str) -> N
     wanted = oracle(x, weight, bias, 3, True)
     force(monkeypatch, way, shape)
     for given in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-        assert relative(group_norm(given, None, weight, bias, 3, 1e-5, True), wanted) < 1e-6
+        _, found = normalised(given, None, None, None, weight, bias, 3, 1e-5, True, keep=False)
+        assert relative(found, wanted) < 1e-6
 
 
 def test_few_lanes_of_a_tile_are_idle() -> None:

@@ -19,7 +19,7 @@ from typing import final
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from trexport.models.fused.kernels.slab import slab_kernel
 from trexport.models.fused.kernels.split import normalise_kernel, statistics_kernel
@@ -77,7 +77,7 @@ def groups_together(groups: int, width: int, channels: int) -> int:
     return max(range(1, most + 1), key=lambda n: (n * width / triton.next_power_of_2(n * width) > 0.9, n))
 
 
-def _normalised(
+def normalised(
     x: Tensor,
     skip: Tensor | None,
     shift: Tensor | None,
@@ -87,9 +87,11 @@ def _normalised(
     groups: int,
     eps: float,
     silu: bool,
+    *,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """What is normalised, where it is kept, and its normalisation."""
+    """What is normalised, None unless `keep`, and its normalisation: the function of `trexport.models.fused.ops`, for
+    float32, float16 and bfloat16 on CUDA, and in Triton's interpreter."""
     batch, first, height, columns = x.shape
     channels = first + (0 if other is None else other.shape[1])
     rows = height * columns
@@ -101,10 +103,10 @@ def _normalised(
     # in the place of what is not there stands something that is never touched
     given = {
         "x": x,
-        "skip": x if skip is None else skip,
+        "skip": weight if skip is None else skip,
         "shift": weight if shift is None else shift,
-        "other": x if other is None else other,
-        "joined": x if joined is None else joined,
+        "other": weight if other is None else other,
+        "joined": weight if joined is None else joined,
     }
     stride = 0 if shift is None or shift.dim() == 1 else shift.stride(0)
     how = FORCED or tiling(batch, rows, groups, width)
@@ -152,7 +154,7 @@ def _normalised(
     )
     del given["joined"]
     if joined is not None:
-        given = dict.fromkeys(given, joined) | {"shift": weight}
+        given = dict.fromkeys(given, weight) | {"x": joined}
         sizes |= {"FIRST": channels, "HAS_SKIP": False, "HAS_SHIFT": False, "HAS_OTHER": False}
     wrap_triton(normalise_kernel)[(blocks, triton.cdiv(rows, how.rows), batch)](
         **given,
@@ -179,49 +181,3 @@ def _tiles(rows: int | torch.SymInt, how: Tiling) -> int:
 
 def _channels_first(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.permute(0, 3, 1, 2)
-
-
-@triton_op("trexport::group_norm", mutates_args={})
-def group_norm(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-) -> Tensor:
-    """`silu(group_norm(x + shift))`.
-
-    Args:
-        x: (batch, channels, height, width), float32, float16 or bfloat16; made channels-last where it is not.
-        shift: (batch, channels), rows of any stride, or (channels,), or None.
-        weight, bias: (channels,).
-        groups: of channels; divides their number.
-        eps: added to the variance.
-        silu: apply SiLU at the end.
-
-    Returns:
-        as `x`, channels-last.
-    """
-    return _normalised(x, None, shift, None, weight, bias, groups, eps, silu, False)[1]
-
-
-@triton_op("trexport::joined_group_norm", mutates_args={})
-def joined_group_norm(
-    x: Tensor,
-    skip: Tensor | None,
-    shift: Tensor | None,
-    other: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """`joined = cat([x + skip + shift, other], 1)` and `silu(group_norm(joined))`, in one pass over the inputs.
-
-    Args:
-        x, weight, bias, groups, eps, silu: as of `group_norm`; weight and bias of all channels of `joined`.
-        skip: as `x`, or None.
-        shift: (batch, channels of x), rows of any stride, or (channels of x,), or None.
-        other: (batch, more channels, height, width), or None.
-
-    Returns:
-        both (batch, all channels, height, width), channels-last.
-    """
-    return _normalised(x, skip, shift, other, weight, bias, groups, eps, silu, True)

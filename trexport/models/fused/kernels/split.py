@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Group normalisation in two kernels, for many programs: statistics of slices of rows, then their combination and the rest."""
+"""Group normalisation in two kernels, for many programs: statistics of slices of rows, then all else."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ def members(BLOCK_GROUPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, WIDTH: tl.
 @triton.jit
 def moved_by(shift, sample, stride, channels, inside, FIRST: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """What is added to each channel, float32."""
+    moved = tl.zeros([channels.shape[0]], dtype=tl.float32)
     if HAS_SHIFT:
-        inside = inside & (channels < FIRST)
-        return tl.load(shift + sample * stride + channels, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros([channels.shape[0]], dtype=tl.float32)
+        here = inside & (channels < FIRST)
+        moved = tl.load(shift + sample * stride + channels, mask=here, other=0.0).to(tl.float32)
+    return moved
 
 
 @triton.jit
