@@ -50,13 +50,13 @@ def _join(norm: fx.Node, found: Counter[str]) -> None:
     if source.target is _CAT and len(source.args[0]) == 2 and source.args[1:] == (1,):
         x, other = source.args[0]
         found["concatenation"] += 1
-    if x.target is _ADD and not x.kwargs and _alike(*x.args) and (x is source or len(x.users) == 1):
+    if x.target is _ADD and not x.kwargs and _alike(*x.args) and (x is source or _uses(x) == 1):
         x, skip = x.args
         found["residual"] += 1
     for convolution in (x, skip):
         if shift is None and convolution is not None and convolution.target is _CONVOLUTION:
             inputs = list(convolution.args)
-            if len(inputs) > 2 and inputs[2] is not None and (convolution is source or len(convolution.users) == 1):
+            if len(inputs) > 2 and inputs[2] is not None and (convolution is source or _uses(convolution) == 1):
                 shift, inputs[2] = inputs[2], None
                 convolution.args = tuple(inputs)
                 found["bias"] += 1
@@ -73,6 +73,14 @@ def _join(norm: fx.Node, found: Counter[str]) -> None:
     both.meta["val"] = (joined.meta["val"], out.meta["val"])
     source.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not both)
     norm.replace_all_uses_with(out)
+
+
+def _uses(node: fx.Node) -> int:
+    """How often a node is an input; `users` has one that takes it twice once."""
+    inputs: list[fx.Node] = []
+    for user in node.users:
+        fx.map_arg((user.args, user.kwargs), inputs.append)
+    return sum(taken is node for taken in inputs)
 
 
 def _alike(x: Any, y: Any) -> bool:

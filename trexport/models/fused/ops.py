@@ -26,7 +26,7 @@ def group_norm(
     Returns:
         as `x`; on CUDA channels-last.
     """
-    if x.device.type == "cpu":
+    if x.device.type != "cuda":
         return _finished(_moved(x, shift), weight, bias, groups, eps, silu)
     from trexport.models.fused.kernels.group_norm import normalised
 
@@ -57,7 +57,7 @@ def joined_group_norm(
     Returns:
         both (batch, all channels, height, width); on CUDA channels-last.
     """
-    if x.device.type == "cpu":
+    if x.device.type != "cuda":
         joined = _moved(x if skip is None else x + skip, shift)
         joined = joined.clone() if other is None else torch.cat([joined, other], 1)  # an output is no input
         return joined, _finished(joined, weight, bias, groups, eps, silu)
