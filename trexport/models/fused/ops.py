@@ -75,3 +75,43 @@ def _moved(x: Tensor, shift: Tensor | None) -> Tensor:
 def _finished(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     x = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(x) if silu else x
+
+
+@triton_op("trexport::linear_residual", mutates_args={})
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`x @ weight.T + bias + residual`.
+
+    Args:
+        x: (…, in), float16 or bfloat16 on CUDA.
+        weight: (out, in), dense.
+        bias: (out,), or None.
+        residual: (…, out).
+
+    Returns:
+        (…, out).
+    """
+    if x.device.type != "cuda":
+        return F.linear(x, weight, bias) + residual
+    from trexport.models.fused.kernels.linear import product
+
+    return product(x, weight, bias, residual, gated=False)
+
+
+@triton_op("trexport::linear_geglu", mutates_args={})
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`values * gelu(gates)`, where `values` and `gates` are the halves of `x @ weight.T + bias`.
+
+    Args:
+        x: (…, in), float16 or bfloat16 on CUDA.
+        weight: (2·out, in), dense.
+        bias: (2·out,), or None.
+
+    Returns:
+        (…, out).
+    """
+    if x.device.type != "cuda":
+        values, gates = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return values * F.gelu(gates)
+    from trexport.models.fused.kernels.linear import product
+
+    return product(x, weight, bias, None, gated=True)
