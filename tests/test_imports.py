@@ -100,7 +100,7 @@ TRLORA_STOREYS = [
     {"transforms", "residuals", "magnitudes"},
     {"spec"},
     {"layers", "config"},
-    {"targets", "parts"},
+    {"targets", "parts", "fit"},
     {"inject"},
     {"merge", "adapter", "swap"},
     {"checkpoint"},
@@ -109,10 +109,10 @@ TRLORA_STOREYS = [
 ]
 TREXPORT_STOREYS = [
     {"", "errors"},
-    {"io_spec", "progress", "hashing", "disk", "jsonable"},
+    {"io_spec", "progress", "hashing", "disk", "jsonable", "cores"},
     {"manifest", "profile", "formats"},
     {"models"},
-    {"graph", "merging"},
+    {"graph", "merging", "fit"},
     {"backends"},  # ONNX Runtime's rewrites the graph that it loads
     {"artifact"},
     {"adapter_file", "pristine"},

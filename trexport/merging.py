@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, final
@@ -14,6 +14,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
+from trexport.cores import single_threaded_torch
 from trexport.disk import check_disk
 from trexport.errors import TrexportError, UsageError
 from trexport.hashing import hash_of_bytes, hash_of_tensors, sha256_of_file
@@ -162,8 +163,7 @@ def _merged_ahead(
     """The merged weights of a file in its order, computed on another thread a few ahead of who takes them."""
     paths = iter([path for path in map(_layer_of, (entry.name for entry in file.entries)) if path in layers])
     # a layer a thread: torch's own threads would wait for each other, spinning on the cores that write and hash
-    workers = max(1, torch.get_num_threads() - 1)
-    with _single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with single_threaded_torch() as threads, ThreadPoolExecutor(max(1, threads - 1)) as pool:
         pending: deque[Future[tuple[Tensor, LayerMerge]]] = deque()
 
         def submit() -> None:
@@ -171,7 +171,7 @@ def _merged_ahead(
             if path is not None:
                 pending.append(pool.submit(lambda: merge_layer(path, file.tensor(f"{path}.weight"), layers[path])))
 
-        for _ in range(_AHEAD + workers):
+        for _ in range(_AHEAD + max(1, threads - 1)):
             submit()
         try:
             while pending:
@@ -181,16 +181,6 @@ def _merged_ahead(
         finally:
             for future in pending:
                 future.cancel()
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @final

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "convert": ("trexport.cli.convert", "Write an adapter in another form."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
+    "fit": ("trexport.cli.fit", "Fit a small adapter to what a fine-tune made of a base."),
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),
     "validate": ("trexport.cli.validate", "Prove an artifact equal to PyTorch, or fail."),
