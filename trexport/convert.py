@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trexport.errors import TrexportError, UsageError
-from trexport.formats import read_adapter
+from trexport.formats import left_out, read_adapter
 from trexport.formats.writers import WRITERS, Pair
 from trexport.models.adapters import adapter_path, split_strength
 from trexport.models.base import Base
@@ -102,7 +102,7 @@ def convert(
         if not dry_run:
             save_adapter(adapter.with_strength(chosen), out, overwrite=overwrite)
         done = tuple(LayerConversion(path, 0, 0.0, 0.0) for path in adapter.layers)
-        return Conversion(adapter.format, to, done, adapter.notes)
+        return Conversion(adapter.format, to, done, _notes(adapter))
     writer = WRITERS[to]
     if writer.single_file and out.suffix != ".safetensors":
         raise UsageError(f"{out}: --to {to} is one file, expected a name that ends in .safetensors")
@@ -117,7 +117,7 @@ def convert(
     for path, parts in adapter.layers.items():
         pairs[path], layer = _pair(path, parts, chosen, weights.get(path), rank, dtype)
         layers.append(layer)
-    found = Conversion(adapter.format, to, tuple(layers), adapter.notes)
+    found = Conversion(adapter.format, to, tuple(layers), _notes(adapter))
     if max_error is not None and found.relative_error > max_error:
         worst = max(layers, key=lambda layer: layer.relative_error)
         raise TrexportError(
@@ -127,6 +127,11 @@ def convert(
     if not dry_run:
         writer(out, pairs, adapter.metadata, overwrite=overwrite)
     return found
+
+
+def _notes(adapter: Adapter) -> tuple[str, ...]:
+    """What is not converted."""
+    return (left_out(adapter.components),) if adapter.components else ()
 
 
 def _weights(adapter: Adapter, base: Base | None) -> dict[str, Callable[[], Tensor]]:

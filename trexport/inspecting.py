@@ -99,7 +99,7 @@ def _adapter(name: str, path: Path) -> Inspection:
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
         "looks_like": looks_like(widths_of(adapter.layers)),
-        "left_out": list(adapter.notes),
+        "components": {name: len(part.layers) for name, part in adapter.components.items()},
         "carried": _carried(adapter),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }

@@ -44,6 +44,8 @@ class AdapterRecord:
     parameters: int
     offsets: int = 0
     """Biases and weights of normalisations that it changes beside them."""
+    components: Mapping[str, int] = field(default_factory=dict)
+    """Layers that it is merged into in other models of the pipeline, by the component's name."""
 
 
 @final
@@ -62,15 +64,41 @@ class ComponentRecord:
     io: ModelSpec
     content_hash: str
     """Of the weights it was made from, as `BaseRecord.content_hash`; encoder and decoder of a VAE share them."""
+    adapters: tuple[AdapterRecord, ...] = ()
+    """That were merged into it."""
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {name: value for name, value in vars(self).items() if name not in ("class_name", "io")}
-        return {"class": self.class_name} | fields | {"io": self.io.to_dict()}
+        fields = {name: value for name, value in vars(self).items() if name not in ("class_name", "io", "adapters")}
+        adapters = [vars(adapter) for adapter in self.adapters]
+        return {"class": self.class_name} | fields | {"adapters": adapters, "io": self.io.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        rest = {name: value for name, value in fields.items() if name not in ("class", "io")}
-        return cls(class_name=fields["class"], io=ModelSpec.from_dict(fields["io"]), **rest)
+        rest = {name: value for name, value in fields.items() if name not in ("class", "io", "adapters")}
+        adapters = tuple(AdapterRecord(**entry) for entry in fields.get("adapters", ()))
+        return cls(class_name=fields["class"], io=ModelSpec.from_dict(fields["io"]), adapters=adapters, **rest)
+
+
+@final
+@dataclass(frozen=True)
+class EncoderRecord:
+    """A text encoder with adapters in its weights, in a merged pipeline's folder of its name."""
+
+    class_name: str
+    content_hash: str
+    """Of the weights it was made from, as `BaseRecord.content_hash`."""
+    weights_hash: str
+    """Of the merged ones."""
+    adapters: tuple[AdapterRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"class": self.class_name, "content_hash": self.content_hash, "weights_hash": self.weights_hash}
+        return fields | {"adapters": [vars(adapter) for adapter in self.adapters]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        adapters = tuple(AdapterRecord(**entry) for entry in fields["adapters"])
+        return cls(fields["class"], fields["content_hash"], fields["weights_hash"], adapters)
 
 
 @final
@@ -99,6 +127,8 @@ class Manifest:
     """Of a compiled engine, how it was built: see `trexport.backends.EngineRecord`."""
     components: Mapping[str, ComponentRecord] = field(default_factory=dict)
     """Of a whole pipeline, its other models by the names of their folders."""
+    text_encoders: Mapping[str, EncoderRecord] = field(default_factory=dict)
+    """Of a merged pipeline, the text encoders that adapters are in."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Of a whole pipeline, name → class of what was not exported."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +151,7 @@ class Manifest:
             "swappable": self.swappable,
             "engine": self.engine,
             "components": {name: record.to_dict() for name, record in self.components.items()},
+            "text_encoders": {name: record.to_dict() for name, record in self.text_encoders.items()},
             "left_out": dict(self.left_out),
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
@@ -144,6 +175,7 @@ class Manifest:
             swappable=fields.get("swappable"),
             engine=fields.get("engine"),
             components={n: ComponentRecord.from_dict(entry) for n, entry in fields.get("components", {}).items()},
+            text_encoders={n: EncoderRecord.from_dict(entry) for n, entry in fields.get("text_encoders", {}).items()},
             left_out=fields.get("left_out", {}),
             versions=fields["versions"],
         )

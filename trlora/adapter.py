@@ -29,12 +29,12 @@ class Adapter:
     source: str = "adapter"
     format: str = FORMAT
     """The format that it was read from."""
-    notes: tuple[str, ...] = ()
-    """What of its source is not in it."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What its source says of where it comes from: kohya's `ss_…`, ModelSpec's `modelspec.…`."""
     offsets: Mapping[str, Tensor] = field(default_factory=dict)
     """What is added, times the strength, to parameters of one dimension, by name: biases and weights of normalisations."""
+    components: Mapping[str, Adapter] = field(default_factory=dict)
+    """What is for other models of the same pipeline, by the name that the pipeline has for each: `text_encoder`, …"""
 
     @classmethod
     def of(
@@ -44,9 +44,9 @@ class Adapter:
         base_model: BaseModel | None = None,
         source: str = "adapter",
         format: str = FORMAT,
-        notes: tuple[str, ...] = (),
         metadata: Mapping[str, str] | None = None,
         offsets: Mapping[str, Tensor] | None = None,
+        components: Mapping[str, Adapter] | None = None,
     ) -> Self:
         """An adapter of layers that are described each by itself: the commonest description becomes the config's default, so
         that it says once what holds for most."""
@@ -56,7 +56,7 @@ class Adapter:
         default = max(counts, key=lambda spec: counts[spec], default=AdapterSpec.from_dict({}))
         overrides = {path: parts.spec for path, parts in layers.items() if parts.spec != default}
         config = AdapterConfig(default, overrides, strength, base_model or BaseModel())
-        return cls(config, layers, source, format, notes, metadata or {}, offsets or {})
+        return cls(config, layers, source, format, metadata or {}, offsets or {}, components or {})
 
     def with_strength(self, strength: float) -> Self:
         """The same at another strength of its own."""

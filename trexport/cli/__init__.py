@@ -131,11 +131,10 @@ def _plain_warnings() -> Iterator[None]:
             before(message, category, *rest)
 
     before = warnings.showwarning
-    warnings.showwarning = show
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AdapterWarning)  # the same for every adapter that it is true of
+        warnings.showwarning = show
         yield
-    finally:
-        warnings.showwarning = before
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

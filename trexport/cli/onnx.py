@@ -99,7 +99,8 @@ def command(
     """Export a UNet or a whole pipeline to ONNX, with adapters merged into the weights, kept factored, or swappable.
 
     Of a pipeline, text encoders and the VAE's encoder and decoder are exported too, and tokenizers and the scheduler
-    copied, so that optimum's ORTDiffusionPipeline loads OUT. In fp16 a VAE that overflows stays in fp32.
+    copied, so that optimum's ORTDiffusionPipeline loads OUT. What adapters have for text encoders is merged into them,
+    unless adapters are kept factored or swappable. In fp16 a VAE that overflows stays in fp32.
 
     Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
     PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
@@ -129,8 +130,10 @@ def command(
     if blank and not (factored or swappable):
         raise UsageError("--blank goes with --factored or --swappable")
     opened = open_base(base, revision=revision, variant=variant)
-    bound = open_adapters(adapters, opened)
     pipeline = None if unet_only else open_pipeline(opened)
+    # adapters that come and go are the UNet's: text encoders would keep those of the export
+    encoders = None if pipeline is None or factored or swappable else pipeline.text_encoders
+    bound = open_adapters(adapters, opened, lambda: encoders)
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     fixed = free_or_fixed(sizes, static=static, config=opened.config)
     options = ExportOptions(

@@ -104,7 +104,9 @@ def export_onnx(
         components = (
             {}
             if pipeline is None
-            else export_components(pipeline, folder, options.dtype, options.opset, options.fixed, progress=progress)
+            else export_components(
+                pipeline, folder, options.dtype, options.opset, options.fixed, adapters, progress=progress
+            )
         )
         model = load_unet(base, options.dtype, progress=progress)
         if kept is None:

@@ -41,7 +41,7 @@ class Base:
 
     def plain_name(self, name: str) -> str:
         """A weight file's name without the variant: what `from_pretrained` looks for when it is not told of one."""
-        return name.replace(f"{WEIGHTS_STEM}.{self.variant}", WEIGHTS_STEM, 1) if self.variant else name
+        return name.replace(f".{self.variant}", "", 1) if self.variant else name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and its shape."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, final
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from trexport.errors import BaseError
 from trexport.io_spec import Axis, Dtype, ModelSpec, TensorSpec
+from trexport.models.adapters import BoundAdapter, as_text_names
 from trexport.models.pipeline import Component
-from trexport.models.unet import DTYPES
+from trexport.models.unet import DTYPES, add_offsets_, attach_all_, merge_into_
 
 _OLD_BUFFER = "position_ids"  # a constant that older checkpoints hold
 
@@ -91,8 +92,14 @@ def _over(axis: Axis, factor: int) -> Axis:
     return axis // factor if isinstance(axis, int) else f"{axis} / {factor}"
 
 
-def load_component(component: Component) -> LoadedComponent:
+def load_component(
+    component: Component, adapters: Sequence[BoundAdapter] = (), *, merged: bool = True
+) -> LoadedComponent:
     """The component as PyTorch computes it, from its safetensors files only.
+
+    Args:
+        adapters: of a text encoder, that are to be in it.
+        merged: whether they are merged into its weights, or kept beside them.
 
     Raises:
         BaseError: diffusers or transformers cannot build it, or weights are missing, unknown or of a wrong shape.
@@ -112,6 +119,14 @@ def load_component(component: Component) -> LoadedComponent:
                 hint = "; saved by transformers 5 it has names that 4 does not know: install transformers 5, or save it by 4"
             raise BaseError(f"{source.name}: {len(list(keys))} weights are {kind}, {sorted(keys)[0]} first{hint}")
     model = model.float().eval().requires_grad_(False)
+    if adapters:
+        known = [name for name, _ in model.named_parameters()]
+        named = [_renamed(adapter, known) for adapter in adapters]
+        if merged:
+            merge_into_(model, named)
+        else:
+            add_offsets_(model, named)
+            attach_all_(model, named)
     if component.kind == "text_encoder":
         config = json.loads(model.config.to_json_string(use_diff=False))
         module: nn.Module = _TextEncoder(model, [tensor.name for tensor in component_spec(component, "fp32").outputs])
@@ -121,6 +136,14 @@ def load_component(component: Component) -> LoadedComponent:
     config = {name: value for name, value in config.items() if name != "_name_or_path"}
     return LoadedComponent(
         module.eval().requires_grad_(False), "model." if component.kind == "text_encoder" else "", config
+    )
+
+
+def _renamed(adapter: BoundAdapter, known: Sequence[str]) -> BoundAdapter:
+    """The adapter with the names that the parameters have in memory."""
+    offsets = as_text_names(adapter.adapter.offsets, known)
+    return replace(
+        adapter, adapter=replace(adapter.adapter, offsets=offsets), layers=as_text_names(adapter.layers, known)
     )
 
 

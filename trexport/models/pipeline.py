@@ -32,6 +32,7 @@ _VAE_DEFAULTS = {
 }  # fmt: skip
 # transformers' own names of weight files; diffusers' are the UNet's
 _TEXT_STEM, _TEXT_PICKLE_STEM = "model", "pytorch_model"
+TEXT_INDEX_NAME = f"{_TEXT_STEM}.safetensors.index.json"
 
 
 @final
@@ -72,6 +73,17 @@ class Pipeline:
     """Folder → the files in it that an export takes over as they are."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Name → class of what is not exported."""
+
+    @property
+    def text_encoders(self) -> dict[str, Base]:
+        """The weights of its text encoders, by name."""
+        return {name: found.source for name, found in self.components.items() if found.kind == "text_encoder"}
+
+
+def text_encoders_of(base: Base) -> dict[str, Base] | None:
+    """The text encoders of the pipeline that a base is part of, None where it is part of none. Raises as `open_pipeline`."""
+    pipeline = open_pipeline(base)
+    return None if pipeline is None else pipeline.text_encoders
 
 
 def open_pipeline(base: Base) -> Pipeline | None:

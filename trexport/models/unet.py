@@ -88,11 +88,17 @@ def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress:
                 layer.bias = nn.Parameter(adapted_bias(layer.bias.data, pairs), requires_grad=False)
             records.append(record)
             task.advance(1)
+    add_offsets_(model, adapters)
+    return records
+
+
+def add_offsets_(model: nn.Module, adapters: Sequence[BoundAdapter]) -> None:
+    """Add the offsets of adapters to a model's parameters; computed in float32, cast once."""
     for name, pairs in offsets_of(adapters).items():
         path, _, leaf = name.rpartition(".")
         parameter = getattr(model.get_submodule(path), leaf)
+        # a new tensor: the old one may be a file's memory
         setattr(model.get_submodule(path), leaf, nn.Parameter(with_offsets(parameter.data, pairs), requires_grad=False))
-    return records
 
 
 def attach_all_(model: nn.Module, adapters: Sequence[BoundAdapter]) -> None:

@@ -114,14 +114,15 @@ def validate(
             own,
             trajectory if number == 0 else None,
             tolerance,
-            adapted=bool(who.among(adapters)),
+            adapted=any(adapter.on_base for adapter in who.among(adapters)),
             has_effect=has_effect,
         )
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     components: list[ComponentParity] = []
     unet_failed = bool(failures)
     if manifest.components:
-        components = compare_components(artifact, artifact.pipeline(base), device, options.seeds, progress=progress)
+        pipeline = artifact.pipeline(base)
+        components = compare_components(artifact, pipeline, adapters, device, options.seeds, progress=progress)
         failures += judge_components(components)
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
@@ -201,7 +202,7 @@ def judge(
     """Why the numbers do not prove equality; nothing when they do. Every limit is written so that a NaN fails it.
 
     Args:
-        adapted: whether the artifact has adapters, so that an effect is expected.
+        adapted: whether the artifact's UNet has adapters, so that an effect is expected.
         has_effect: whether any of them has a strength other than zero.
     """
     failures: list[str] = []

@@ -118,9 +118,10 @@ def test_the_merged_unet_is_that_of_diffusers(
 
 def test_a_text_encoder_is_reported(base: Base, tmp_path: Path) -> None:
     tensors, _ = new(base)
-    tensors["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 4)
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors |= {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.warns(AdapterWarning, match="1 tensors for text_encoder"):
+    with pytest.warns(AdapterWarning, match="1 layers of text_encoder"):
         open_adapters([str(tmp_path / "a.safetensors")], base)
 
 

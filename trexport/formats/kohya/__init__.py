@@ -4,7 +4,8 @@ tests."""
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import final
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from trexport.formats.kohya.method import Method
 from trexport.formats.kohya.names import dotted
 from trexport.formats.kohya.offsets import take_offsets
 from trexport.formats.kohya.oft import Oft
-from trexport.formats.text import text_note
+from trexport.formats.text import dotted_text
 from trlora import Adapter, CheckpointError, LayerParts, TrloraError
 from trlora.checkpoint import check_tensor, provenance
 
@@ -56,19 +57,15 @@ class KohyaFormat:
             raise CheckpointError(f"{content.path}: {error}") from error
 
     def _read(self, content: Content) -> Adapter:
-        by_name: dict[str, dict[str, Tensor]] = {}
-        encoders: Counter[str] = Counter()
+        models: dict[str, _ByName] = {}
         unknown: list[str] = []
         for key, tensor in content.tensors.items():
-            prefix = next((prefix for prefix in _UNET if key.startswith(prefix)), None)
             name, _, leaf = key.partition(".")
-            text = _TEXT.match(key)
-            if text is not None:
-                encoders["text_encoder_2" if text[1] == "2" else "text_encoder"] += 1
-            elif prefix is None or not leaf:
+            model, name = _model_of(name)
+            if model is None or not leaf:
                 unknown.append(key)
             else:
-                by_name.setdefault(name.removeprefix(prefix), {})[leaf] = tensor
+                models.setdefault(model, {}).setdefault(name, {})[leaf] = tensor
                 if leaf not in _MAY_BE_WHOLE or tensor.dtype.is_floating_point:
                     check_tensor(key, tensor)
         if unknown:
@@ -76,31 +73,52 @@ class KohyaFormat:
                 f"{len(unknown)} of {len(content.tensors)} keys are none of kohya's, lora_unet_<module>.<leaf> or "
                 f"lora_te_<module>.<leaf>: {listed(unknown)}"
             )
-        if not by_name:
-            raise CheckpointError(f"nothing for the UNet inside{': ' if encoders else ''}{text_note(encoders)}")
-        layers: dict[str, LayerParts] = {}
-        offsets: dict[str, Tensor] = {}
-        kinds: Counter[str] = Counter()
-        problems: list[str] = []
-        for name, tensors in by_name.items():
-            path = dotted(name)
-            try:
-                offsets |= take_offsets(path, tensors)
-                if not tensors:
-                    kinds["offsets"] += 1
-                    continue
+        metadata = provenance(content.metadata)
+        found = {
+            model: _adapter(models[model], str(content.path), metadata, dotted_text if model else dotted)
+            for model in sorted(models)
+        }
+        unet = found.pop("", None) or Adapter.of({}, 1.0, None, str(content.path), "kohya", metadata)
+        return replace(unet, components=found)
+
+
+_ByName = dict[str, dict[str, Tensor]]
+"""The tensors of a model by the name of their module, then by leaf."""
+
+
+def _model_of(name: str) -> tuple[str | None, str]:
+    """The component that a module is of, empty for the UNet, None for no name of kohya's; and the rest of the name."""
+    text = _TEXT.match(name)
+    if text is not None:
+        return f"text_encoder_{text[1]}" if text[1] not in ("", "1") else "text_encoder", name[text.end() :]
+    prefix = next((prefix for prefix in _UNET if name.startswith(prefix)), None)
+    return (None, name) if prefix is None else ("", name.removeprefix(prefix))
+
+
+def _adapter(by_name: _ByName, source: str, metadata: Mapping[str, str], path_of: Callable[[str], str]) -> Adapter:
+    """What is for one model."""
+    layers: dict[str, LayerParts] = {}
+    offsets: dict[str, Tensor] = {}
+    kinds: set[str] = set()
+    problems: list[str] = []
+    for name, tensors in by_name.items():
+        path = path_of(name)
+        try:
+            taken = take_offsets(path, tensors)
+            offsets |= taken
+            kinds |= {"offsets"} if taken else set()
+            if tensors:
                 method = _method_of(path, tensors)
                 layers[path] = method.layer(path, tensors)
-                kinds[type(method).__name__] += 1
-            except TrloraError as error:
-                problems.append(str(error))
-        if problems:
-            more = f" (and {len(problems) - 1} more of {len(by_name)} layers)" if len(problems) > 1 else ""
-            raise CheckpointError(f"{problems[0]}{more}")
-        _check_alphas(by_name)
-        notes = (text_note(encoders),) if encoders else ()
-        source = "LyCORIS" if kinds.keys() - {"Locon"} else "kohya"
-        return Adapter.of(layers, 1.0, None, str(content.path), source, notes, provenance(content.metadata), offsets)
+                kinds.add(type(method).__name__)
+        except TrloraError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - 1} more of {len(by_name)} layers)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}")
+    _check_alphas(by_name)
+    kind = "LyCORIS" if kinds - {"Locon"} else "kohya"
+    return Adapter.of(layers, 1.0, None, source, kind, metadata, offsets)
 
 
 def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
