@@ -115,14 +115,13 @@ def _adapter(name: str, path: Path) -> Inspection:
 
 def _carried(adapter: Adapter) -> dict[str, str]:
     """Form → whether an adapter can be in it, and why not."""
-    convolutions = sum(parts.kernel not in (None, ()) for parts in adapter.layers.values())
     biases = sum(parts.magnitude is not None and parts.magnitude.scales_bias for parts in adapter.layers.values())
     if adapter.offsets:
         no = f"no: {len(adapter.offsets)} biases and weights of normalisations change"
         return {"merged": "yes", "factored": no, "swappable": no}
     return {
         "merged": "yes",
-        "factored": f"no: {convolutions} convolutions" if convolutions else "yes, of linear layers",
+        "factored": "yes",
         "swappable": f"no: the biases of {biases} layers change, where they have one" if biases else "yes",
     }
 

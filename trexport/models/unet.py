@@ -146,7 +146,8 @@ def beside_weights(base: Base, adapters: Sequence[BoundAdapter]) -> list[str]:
 
 
 def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
-    """How many rows each of some linear layers sees in one step: tokens times samples. Computed from shapes alone.
+    """How many rows each of some layers gives in one step: tokens, or places of a convolution's output, times samples.
+    Computed from shapes alone.
 
     Args:
         sizes: of all axes of `trexport.io_spec.FREE_AXES`.
@@ -154,14 +155,14 @@ def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -
     model = empty_unet(base.config)
     rows: dict[str, int] = {}
 
-    def record(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows[path] = inputs[0].shape[:-1].numel()
+    def record(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows[path] = output.numel() // output.shape[1 if isinstance(module, nn.Conv2d) else -1]
 
         return hook
 
     for path in paths:
-        model.get_submodule(path).register_forward_pre_hook(record(path))
+        model.get_submodule(path).register_forward_hook(record(path))
     spec = unet_spec(base.config, "fp32")
     feeds = {tensor.name: torch.empty(tensor.shape(sizes), device="meta") for tensor in spec.inputs}
     with torch.no_grad():

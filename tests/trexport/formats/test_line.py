@@ -84,17 +84,21 @@ def test_merged_on_disk_it_is_what_peft_merges(
 
 
 def test_factored_with_an_adapter_of_each_kind(base: Base, adapters: dict[str, Path], tmp_path: Path) -> None:
-    given = [f"{adapters[name]}={strength}" for name, strength in (("dora", 0.8), ("lokr", -0.5), ("ia3", 0.7))]
+    chosen = (("dora", 0.8), ("lokr", -0.5), ("ia3", 0.7), ("lora", 0.6), ("loha", 0.4))  # the last two on convolutions
+    given = [f"{adapters[name]}={strength}" for name, strength in chosen]
     options = ExportOptions(factored=FactoredOptions(), fixed=SIZES)
     export_onnx(base, open_adapters(given, base), tmp_path / "out", options)
     artifact = open_artifact(tmp_path / "out")
-    assert {layer.path for layer in factored_of(artifact).plan.values()} == {"weight"}
+    plan = factored_of(artifact).plan
+    assert {layer.path for path, layer in plan.items() if "attn" in path} == {"weight"}
+    assert plan["down_blocks.0.resnets.0.conv1"].tokens == 2 * 8 * 8
+    assert plan["down_blocks.0.downsamplers.0.conv"].tokens == 2 * 4 * 4
     feeds = feeds_of(base, tmp_path / "out")
     found = run_onnx(artifact.onnx_path, feeds)["out_sample"]
     expected = drawn_by_torch(base, given, feeds)
     assert relative_l2(found, expected) < 1e-5
     assert relative_l2(found, drawn_by_torch(base, [], feeds)) > 1e-2
-    off = {f"adapter_{k}.strength": torch.zeros(1) for k in range(3)}
+    off = {f"adapter_{k}.strength": torch.zeros(1) for k in range(len(chosen))}
     plain = drawn_by_torch(base, [], feeds)
     np.testing.assert_allclose(run_onnx(artifact.onnx_path, feeds | off)["out_sample"], plain, rtol=0, atol=2e-6)
 
@@ -123,7 +127,7 @@ def test_what_a_form_cannot_carry_is_said_before_anything_is_written(
     base: Base, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     for name, options, words in (
-        ("lora", ExportOptions(factored=FactoredOptions()), "convolutions .* merged, or --swappable"),
+        ("lora", ExportOptions(factored=FactoredOptions(bank=2)), "convolutions .* without --bank, or --swappable"),
         ("ia3", ExportOptions(swappable=SwappableOptions()), "bias.* merged, or --factored"),
         ("dora", ExportOptions(factored=FactoredOptions(path="dense")), "--path weight"),
     ):

@@ -110,6 +110,9 @@ class TransformOp(MemberOp):
 class ResidualOp(MemberOp):
     """Δ of one layer: as the low-rank map that it is, unless a member knows better."""
 
+    has_factors: ClassVar[bool] = True
+    """Whether it has `factors`, without which a convolution rebuilds its weight."""
+
     @property
     @abstractmethod
     def rank(self) -> int:

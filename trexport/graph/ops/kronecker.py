@@ -22,6 +22,7 @@ class KroneckerOp(ResidualOp):
     `w1`."""
 
     type: ClassVar[str] = "kronecker"
+    has_factors: ClassVar[bool] = False
 
     @staticmethod
     def values(member: KroneckerResidual) -> dict[str, Tensor]:

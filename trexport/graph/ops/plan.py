@@ -8,6 +8,7 @@ third. Which is cheapest depends on the tokens that a layer sees against its wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, final
@@ -61,7 +62,7 @@ class LayerPlan:
 
 def plan_layer(
     slots: Sequence[LayerSlot],
-    shape: tuple[int, int],
+    shape: Sequence[int],
     tokens: int,
     model: CostModel,
     forced: Path | None = None,
@@ -71,15 +72,26 @@ def plan_layer(
 
     Args:
         slots: of the adapters on the layer.
-        shape: (out_features, in_features).
-        tokens: rows of activations.
+        shape: (out_features, in_features), or of a convolution (out, in/groups, height, width).
+        tokens: rows of activations; of a convolution places of its output.
         forced: take this path whatever it costs.
         samples: that have an adapter each, in a bank: T or the weight is then formed for every one.
 
     Raises:
-        UsageError: another path than `weight` is forced on a layer with a magnitude or a transform of outputs.
+        UsageError: another path than `weight` is forced on a layer with a magnitude or a transform of outputs, or on a
+            convolution that has more than low-rank residuals.
     """
     paths: tuple[Path, ...] = ("weight",) if any(slot.outside for slot in slots) else PATHS
+    convolution, shape = len(shape) > 2, (shape[0], math.prod(shape[1:]))
+    if convolution and paths == PATHS:
+        thin = all(slot.transform is None and slot.residual is not None and slot.residual.has_factors for slot in slots)
+        paths = ("activations", "weight") if thin else ("weight",)
+        forced = "activations" if thin and forced == "dense" else forced  # no transform is to be formed
+        if forced is not None and forced not in paths:
+            raise UsageError(
+                f"--path {forced}: transforms and Kronecker products on convolutions rebuild the weight; leave it to the "
+                "plan, or give --path weight"
+            )
     if forced is not None and forced not in paths:
         raise UsageError(
             f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) or a transform of outputs (of LyCORIS' OFT and BOFT) "
@@ -91,7 +103,7 @@ def plan_layer(
     return LayerPlan(forced or min(paths, key=lambda path: costs[path]), tokens, costs)
 
 
-def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tokens: int, model: CostModel) -> float:
+def _seconds(path: Path, slots: Sequence[LayerSlot], shape: Sequence[int], tokens: int, model: CostModel) -> float:
     rows, columns = shape
     seconds = 0.0
     for slot in slots:
