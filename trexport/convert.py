@@ -16,6 +16,7 @@ from trexport.formats import left_out, read_adapter
 from trexport.formats.writers import WRITERS, Pair
 from trexport.models.adapters import adapter_path, split_strength
 from trexport.models.base import Base
+from trexport.restoring import is_adapter_file, restored_adapter
 from trlora import Adapter, CheckpointError, LayerAdapter, LayerParts, save_adapter
 from trlora.layers import weight_change
 
@@ -77,7 +78,8 @@ def convert(
     the best approximation of that rank, by a singular value decomposition of what the adapter does to the weight.
 
     Args:
-        argument: `ADAPTER[=STRENGTH]`; a LoRA has no strength of its own, so it is multiplied in.
+        argument: `ADAPTER[=STRENGTH]`, or an adapter file of ONNX Runtime that trexport wrote; a LoRA has no strength of
+            its own, so it is multiplied in.
         to: one of `TARGETS`.
         base: the weights, without which a transform cannot be expressed.
         rank: the greatest rank.
@@ -92,7 +94,8 @@ def convert(
     if to not in TARGETS:
         raise UsageError(f"--to {to}: expected one of {', '.join(TARGETS)}")
     name, strength = split_strength(argument)
-    adapter = read_adapter(adapter_path(name))
+    source = adapter_path(name)
+    adapter = restored_adapter(source) if is_adapter_file(source) else read_adapter(source)
     if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists; choose another name, or pass --overwrite")
     chosen = adapter.config.strength if strength is None else strength

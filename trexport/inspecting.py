@@ -21,6 +21,7 @@ from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
+from trexport.restoring import is_adapter_file, restored_adapter
 from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
@@ -64,6 +65,8 @@ def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
         head = stream.read(16)
     if _is_safetensors(path):
         return _safetensors(name, path)
+    if is_adapter_file(path):
+        return _described(name, path, restored_adapter(path))
     if head[:1] == b"\x08":  # the first field of an ONNX ModelProto, ir_version
         return _onnx(name, path)
     if path.suffix == ".safetensors":
@@ -84,7 +87,10 @@ def _folder(name: str, path: Path, progress: Progress) -> Inspection:
 
 
 def _adapter(name: str, path: Path) -> Inspection:
-    adapter = read_adapter(path)
+    return _described(name, path, read_adapter(path))
+
+
+def _described(name: str, path: Path, adapter: Adapter) -> Inspection:
     config = adapter.config
     facts = {
         "format": adapter.format,

@@ -21,6 +21,9 @@ class MemberOp(ABC):
     type: ClassVar[str]
     """As in a checkpoint's config."""
 
+    telling: ClassVar[str]
+    """A tensor's name that no other op of the same part of a layer has."""
+
     universal: ClassVar[bool] = False
     """Whether it takes every member of its family, exactly, and not only those of its own type."""
 
@@ -36,6 +39,16 @@ class MemberOp(ABC):
     @abstractmethod
     def values(member: Any) -> dict[str, Tensor]:
         """A trained member's own tensors, float32, under the names that the graph has for them."""
+
+    @staticmethod
+    @abstractmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A checkpoint's fields and tensors of a member that has the graph's: the inverse of `values`, but for ranks that
+        were padded, and rounding.
+
+        Raises:
+            ArtifactError: no member has such tensors.
+        """
 
     @property
     @abstractmethod

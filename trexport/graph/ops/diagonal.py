@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -20,10 +21,15 @@ class DiagonalOp(TransformOp):
     """`scale` (in,)."""
 
     type: ClassVar[str] = "diagonal"
+    telling: ClassVar[str] = "scale"
 
     @staticmethod
     def values(member: DiagonalTransform) -> dict[str, Tensor]:
         return {"scale": member.diagonal().detach().float()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "diagonal"}, dict(tensors)
 
     @property
     def fixed(self) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,11 +23,18 @@ class HouseholderOp(TransformOp):
     `vectors` in float64."""
 
     type: ClassVar[str] = "householder"
+    telling: ClassVar[str] = "left"
 
     @staticmethod
     def values(member: HouseholderTransform) -> dict[str, Tensor]:
         left, right = copy.deepcopy(member).double().factors()
         return {"left": left.detach().float().contiguous(), "right": right.detach().float().contiguous()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        # as the change of low rank that they are: which reflections they were, the product does not tell
+        fields = {"type": "low_rank", "rank": tensors["left"].shape[1], "alpha": None}
+        return fields, {"lora_A.weight": tensors["right"].T.contiguous(), "lora_B.weight": -tensors["left"]}
 
     @property
     def fixed(self) -> int:

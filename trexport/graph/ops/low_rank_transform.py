@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,6 +23,7 @@ class LowRankTransformOp(TransformOp):
     latter, and what mixes the channels of a convolution is repeated for every tap."""
 
     type: ClassVar[str] = "low_rank"
+    telling: ClassVar[str] = "lora_A.weight"
 
     @staticmethod
     def values(member: LowRankTransform) -> dict[str, Tensor]:
@@ -30,6 +32,10 @@ class LowRankTransformOp(TransformOp):
             "lora_A.weight": right.detach().float().T.contiguous(),
             "lora_B.weight": left.detach().float().contiguous(),
         }
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "low_rank", "rank": len(tensors["lora_A.weight"]), "alpha": None}, dict(tensors)
 
     @property
     def fixed(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,10 +23,17 @@ class TensorRingTransformOp(TransformOp):
     see `trlora.ring.multiply_cores`: two products and no transposition of what is transformed."""
 
     type: ClassVar[str] = "tensor_ring"
+    telling: ClassVar[str] = "core.0"
 
     @staticmethod
     def values(member: TensorRingTransform) -> dict[str, Tensor]:
         return {f"core.{d}": core.detach().float() for d, core in enumerate(member.core)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cores = list(tensors.values())
+        ranks, modes = [core.shape[2] for core in cores], [core.shape[0] for core in cores]
+        return {"type": "tensor_ring", "order": len(cores), "rank": ranks, "modes": modes}, dict(tensors)
 
     @property
     def fixed(self) -> dict[str, tuple[int, ...]]:
