@@ -115,7 +115,7 @@ TREXPORT_STOREYS = [
     {"graph", "merging", "fit"},
     {"backends"},  # ONNX Runtime's rewrites the graph that it loads
     {"artifact"},
-    {"adapter_file", "pristine", "restoring"},
+    {"adapter_file", "as_lora", "pristine", "restoring"},
     {"session", "engine", "convert"},
     {"parity", "inspecting", "refit"},
     {"bench", "deploy", "comparing"},

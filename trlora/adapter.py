@@ -17,6 +17,8 @@ from trlora.spec import AdapterSpec
 
 OFFSET = ".offset"
 """How the key of an offset ends, after the parameter's name."""
+COMPONENT = "/"
+"""What stands in a key after the name of another model of the pipeline."""
 
 
 @final
@@ -73,7 +75,10 @@ class Adapter:
         for path, parts in self.layers.items():
             for part, member in parts.members.items():
                 result |= {f"{path}.{part}.{key}": tensor for key, tensor in member.state_dict().items()}
-        return result | {f"{name}{OFFSET}": tensor for name, tensor in self.offsets.items()}
+        result |= {f"{name}{OFFSET}": tensor for name, tensor in self.offsets.items()}
+        for component, part in self.components.items():
+            result |= {f"{component}{COMPONENT}{key}": tensor for key, tensor in part.tensors().items()}
+        return result
 
     def bind(
         self, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]] | None = None

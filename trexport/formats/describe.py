@@ -27,6 +27,8 @@ _METHODS: dict[tuple[str, ...], str] = {
 
 def method_of(adapter: Adapter) -> str:
     """The name of the method, from its parts."""
+    if not adapter.layers and adapter.components:
+        return method_of(next(iter(adapter.components.values())))
     if not adapter.layers:
         return "offsets"
     spec = adapter.config.default.to_dict()

@@ -19,6 +19,7 @@ from tests.trexport.helpers import copy_of, leftovers, run_cli
 from tests.trexport.pipelines import edit_json, opened, run_session
 from trexport.artifact import open_artifact
 from trexport.errors import AdapterWarning, ArtifactError
+from trexport.formats import read_adapter
 from trexport.graph.components import export_components
 from trexport.manifest import ComponentRecord
 from trexport.models.adapters import on_component, open_adapters
@@ -294,3 +295,48 @@ def test_what_fits_no_text_encoder_is_refused(
     assert run_cli(["merge", pipelines / "sd", tmp_path / "a.safetensors", "-o", tmp_path / "out"]) == 1
     assert re.search(says, capsys.readouterr().err)
     assert leftovers(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "to"), [("sd", "trlora"), ("sd", "kohya"), ("sdxl", "diffusers"), ("sdxl", "kohya")])
+def test_conversions_carry_what_is_for_text_encoders(name: str, to: str, pipelines: Path, tmp_path: Path) -> None:
+    pipe = load(pipelines / name, name)
+    before = states(pipe, name)
+    file = written(kohya if to != "kohya" else new, pipe, name, tmp_path / "a.safetensors")
+    out = tmp_path / ("b.safetensors" if to != "trlora" else "b")
+    assert run_cli(["convert", f"{file}=0.7", "-o", out, "--to", to]) == 0
+    for folder, given in (("one", f"{file}=0.7"), ("other", str(out))):
+        assert run_cli(["merge", pipelines / name, given, "-o", tmp_path / folder]) == 0
+    one, other = (states(load(tmp_path / folder, name), name) for folder in ("one", "other"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6)
+    assert sum(bits(tensor) != bits(before[key]) for key, tensor in other.items()) == 2 + 6 * len(ENCODERS[name])
+    if to != "trlora":  # and diffusers reads it as it reads the source
+        pipe.load_lora_weights(str(out))
+        pipe.fuse_lora(components=["unet", *ENCODERS[name]])
+        pipe.unload_lora_weights()
+        for key, tensor in states(pipe, name).items():
+            torch.testing.assert_close(tensor, one[key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_conversion_leaves_out(sd_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(["convert", sd_file, "-o", tmp_path / "peft", "--to", "peft"]) == 0
+    assert "warning: adapters of 6 layers of text_encoder are left out" in capsys.readouterr().err
+    assert run_cli(["convert", only_text(sd_file), "-o", tmp_path / "none", "--to", "peft"]) == 2
+    assert "nothing for the UNet inside" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("missing", ["config", "tensors"])
+def test_half_a_checkpoint_of_a_pipeline_is_refused(missing: str, sd_file: Path, tmp_path: Path) -> None:
+    assert run_cli(["convert", sd_file, "-o", tmp_path / "x"]) == 0
+    if missing == "config":
+        config = tmp_path / "x" / "adapter_config.json"
+        fields = json.loads(config.read_text())
+        del fields["components"]
+        config.write_text(json.dumps(fields))
+    else:
+        weights = tmp_path / "x" / "adapter_model.safetensors"
+        tensors = {key: t for key, t in safetensors.torch.load_file(weights).items() if "/" not in key}
+        safetensors.torch.save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match="text_encoder/: this model of the pipeline is missing in the"):
+        read_adapter(tmp_path / "x")
