@@ -20,6 +20,7 @@ from trexport.io_spec import Dtype, unet_spec
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
 from trexport.models.diffusion import Denoising, UNetStep
+from trexport.models.pipeline import text_encoders_of
 from trexport.models.sample import sample_of
 from trexport.models.unet import random_feeds
 from trexport.parity.metrics import relative_l2
@@ -145,7 +146,8 @@ def _sources(url: str, record: Mapping[str, Any], artifact: Artifact | None) -> 
         raise ArtifactError(f"{base.name}: not the base that {url} serves (its hash differs); give the artifact too")
     if record["form"] not in ("base", "merged"):
         return base, []
-    bound = open_adapters([f"{entry['name']}={entry['strength']!r}" for entry in record["adapters"]], base)
+    arguments = [f"{entry['name']}={entry['strength']!r}" for entry in record["adapters"]]
+    bound = open_adapters(arguments, base, lambda: text_encoders_of(base))
     for adapter, entry in zip(bound, record["adapters"], strict=True):
         if adapter.sha256 != entry["sha256"]:
             raise ArtifactError(f"{adapter.name}: not the adapter that {url} serves (its hash differs)")
