@@ -133,13 +133,14 @@ RUNTIMES = {
 
 def trlora_stands_alone(imports: list[Import]) -> list[Import]:
     """torch, safetensors and the standard library only; never trexport. CUDA's bindings, which come with torch's CUDA
-    wheels, in the one file that may miss them."""
+    wheels, and `accelerate` each in the one file that may miss them."""
+    late = {"trlora.swap.nvrtc": "cuda", "trlora.training.accelerated": "accelerate"}
     allowed = {"torch", "safetensors", "trlora", *sys.stdlib_module_names}
     return [
         item
         for item in imports
         if item.target.split(".")[0] not in allowed
-        and not (under(item.target, "cuda") and item.importer == "trlora.swap.nvrtc" and not item.at_import)
+        and not (under(item.target, late.get(item.importer, "-")) and not item.at_import)
     ]
 
 
@@ -442,7 +443,7 @@ def test_the_imports_of_both_packages_are_seen() -> None:
     assert {
         ("trlora.transforms.tensor_ring", "trlora.ring"),
         ("trlora.checkpoint", "safetensors.torch"),
-        ("trlora.training.loop", "trlora.inject"),
+        ("trlora.training.parameters", "trlora.inject"),
     } <= trlora
     trexport = {(item.importer, item.target) for item in imports_of(ROOT / "trexport")}
     assert ("trexport.models.unet", "diffusers") in trexport
