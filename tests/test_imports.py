@@ -445,7 +445,7 @@ def test_the_imports_of_both_packages_are_seen() -> None:
         ("trlora.training.loop", "trlora.inject"),
     } <= trlora
     trexport = {(item.importer, item.target) for item in imports_of(ROOT / "trexport")}
-    assert ("trexport.models.unet", "diffusers") in trexport
+    assert ("trexport.models.architectures.base", "diffusers") in trexport
     assert ("trexport.backends.onnxruntime", "onnxruntime") in trexport
 
 

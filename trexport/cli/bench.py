@@ -111,7 +111,7 @@ def command(
         source = open_base(target)
         bound = open_adapters(adapters, source)
     where = device_of(device)
-    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind != "unet"]
+    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind != "dense"]
     several = len(exported) > 1
     onnx = {form if several else "": file for form, _, file in exported if isinstance(file, OnnxFile)}
     engines = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def run_exporter(
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=dynamic_shapes,
+                custom_translation_table={operator.floordiv: _floor_div},
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -54,6 +56,15 @@ def run_exporter(
             raise ExportError(f"torch's ONNX exporter failed: {reason}") from error
     assert program is not None
     return program
+
+
+def _floor_div(dividend: Any, divisor: Any) -> Any:
+    """Python's `//` of sizes. The exporter's own is ONNX's `Div`, which rounds towards zero: wrong for the negative numbers
+    that torch's rewriting of sizes comes to, (12 − h) // 2 as 6 + (−h) // 2 for instance."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
 
 
 def tidy(program: torch.onnx.ONNXProgram, spec: ModelSpec, parameters: Set[str], name: str) -> ir.Model:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from trexport.errors import BaseError
 from trexport.io_spec import Axis, Dtype, ModelSpec, TensorSpec
+from trexport.models.model import DTYPES
 from trexport.models.pipeline import Component
-from trexport.models.unet import DTYPES
 
 _OLD_BUFFER = "position_ids"  # a constant that older checkpoints hold
 

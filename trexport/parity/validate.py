@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -14,12 +14,13 @@ from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
 from trexport.backends import BACKENDS, Device, Runner
 from trexport.errors import TrexportError, UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, ModelSpec, default_sizes, downscale_of
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import ARCHITECTURES, Architecture, Limit, default_sizes, limits_of
 from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
+from trexport.models.model import batch_of, load_model, merge_into_, random_feeds
 from trexport.models.sample import Sample, sample_of
-from trexport.models.unet import load_unet, merge_into_, random_feeds
 from trexport.parity.components import compare_components, judge_components
 from trexport.parity.locate import first_deviation
 from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
@@ -46,7 +47,7 @@ class ValidateOptions:
     trajectory_steps: int = 10
     """0 leaves the trajectory out."""
     sizes: Mapping[str, int] | None = None
-    """Of the free axes; None for the UNet's own, and a second, different shape."""
+    """Of the free axes; None for the model's own, and a second, different shape."""
     relative_l2: float | None = None
     """Another limit than the precision's own."""
     locate: bool = True
@@ -98,14 +99,17 @@ def validate(
         with progress.task("validate", len(cases)) as task:
             for who, sizes, timestep, seed in cases:
                 feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                steps.append(_compare_step(runner, reference, feeds, sizes, timestep, seed, who))
+                steps.append(_compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, who))
                 task.advance(1)
-        if options.trajectory_steps:
-            denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
+        if options.trajectory_steps and base.architecture.sampling is not None:
+            kind = type(base.architecture)
+            denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps, kind)
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
             if sample is not None and shapes[0]["sequence_length"] != sample.prompts.shape[1]:
                 denoising = replace(denoising, guidance=1.0)  # its empty prompt is not that long
-            trajectory = _compare_trajectory(runner, reference, denoising, feeds, groups[0], progress)
+            trajectory = _compare_trajectory(
+                runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
+            )
     failures: list[str] = []
     for number, who in enumerate(groups):
         own = [step for step in steps if step.who == who.label]
@@ -119,13 +123,13 @@ def validate(
         )
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     components: list[ComponentParity] = []
-    unet_failed = bool(failures)
+    model_failed = bool(failures)
     if manifest.components:
         components = compare_components(artifact, artifact.pipeline(base), device, options.seeds, progress=progress)
         failures += judge_components(components)
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
-    if unet_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
+    if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
         elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
@@ -244,23 +248,27 @@ def judge(
 
 
 def _shapes(io: ModelSpec, base: Base, sample: Sample | None, given: Mapping[str, int] | None) -> list[dict[str, int]]:
-    """The shapes to check: the UNet's own, or those given, and one that differs in every free axis."""
+    """The shapes to check: the model's own, or those given, and one that differs in every free axis."""
+    limits = limits_of(base.config)
+    given = base.architecture.sizes(given or {})
     first = default_sizes(base.config)
     if sample is not None:
         first["sequence_length"] = sample.prompts.shape[1]
-    first |= io.fixed_sizes() | dict(given or {})
-    wrong = {axis: size for axis, size in (given or {}).items() if io.fixed_sizes().get(axis, size) != size}
+    first |= io.fixed_sizes() | given
+    wrong = {axis: size for axis, size in given.items() if io.fixed_sizes().get(axis, size) != size}
     if wrong:
         raise TrexportError(f"sizes {wrong} asked for, the artifact fixes {io.fixed_sizes()}")
-    multiple = downscale_of(base.config)
-    other = {
-        "batch_size": first["batch_size"] + 1,
-        "height": first["height"] + multiple,
-        "width": max(multiple, first["width"] - multiple),
-        "sequence_length": first["sequence_length"] + 2,
-    }
-    second = {axis: (other[axis] if axis in io.free_axes else first[axis]) for axis in FREE_AXES}
+    second = {axis: (_other(axis, size, limits) if axis in io.free_axes else size) for axis, size in first.items()}
     return [first] if second == first else [first, second]
+
+
+def _other(axis: str, size: int, limits: Mapping[str, Limit]) -> int:
+    """A size that an axis may have too: a little more, or less for the width and where there is no more."""
+    step = limits[axis].multiple * (2 if axis == "sequence_length" else 1)
+    most = limits[axis].most
+    if axis == "width" or (most is not None and size + step > most):
+        return max(limits[axis].multiple, size - step)
+    return size + step
 
 
 def _within(
@@ -279,8 +287,10 @@ def _feeds(
 ) -> dict[str, Tensor]:
     """Inputs of one step: random ones, with a sample's real prompts where there are some."""
     feeds = random_feeds(io, sizes, seed=seed, timestep=timestep)
-    if feeds["timestep"].dim():  # a step for each sample: the first has the one asked for, the others are elsewhere
-        feeds["timestep"] = (feeds["timestep"] + 311 * torch.arange(len(feeds["timestep"]))) % 1000
+    given = feeds.get("timestep")
+    if given is not None and given.dim():  # for each sample: the first has the one asked for, the others are elsewhere
+        scale = ARCHITECTURES[io.model].timestep_scale
+        feeds["timestep"] = (given / scale + 311 * torch.arange(len(given))) % 1000 * scale
     if sample is not None and sizes["sequence_length"] == sample.prompts.shape[1]:
         shown = next(iter(sample.adapters.values()), {}).get("show_prompts") or range(len(sample.prompts) - 1)
         rows = [list(shown)[(seed + i) % len(list(shown))] for i in range(sizes["batch_size"])]
@@ -291,33 +301,54 @@ def _feeds(
 def _compare_step(
     runner: Runner,
     reference: Reference,
+    io: ModelSpec,
     feeds: Mapping[str, Tensor],
     sizes: dict[str, int],
     timestep: float,
     seed: int,
     who: _Who,
 ) -> StepParity:
-    found = runner({**feeds, **who.feeds(sizes["batch_size"], reference.strengths)})["out_sample"].float().cpu()
-    expected, plain = _expected(reference, who, feeds), reference.plain(feeds)
-    error = max_abs(found, expected)
-    # of a mixed batch the worst sample counts, not their mean
-    rows = range(len(found)) if who.chosen is not None else [slice(None)]
+    given = runner({**feeds, **who.feeds(sizes["batch_size"], reference.strengths)})
+    found = [given[tensor.name].float().cpu() for tensor in io.outputs]
+    expected, plain = _expected(reference, who, batch_of(io, feeds), feeds), reference.plain(feeds)
+    each = [_compare_output(*tensors, who) for tensors in zip(found, expected, plain, strict=True)]
+    # of several outputs the worst counts; of their effects the greatest
+    shown = max(each, key=lambda output: output["effect"])
     return StepParity(
         sizes=sizes,
         timestep=timestep,
         seed=seed,
-        max_abs=error,
-        max_abs_ratio=error / max(expected.abs().max().item(), 1e-30),
-        relative_l2=max((relative_l2(found[row], expected[row]) for row in rows), key=lambda e: (e != e, e)),
-        cosine=cosine(found, expected),
-        effect=relative_l2(expected, plain),
-        distance_to_base=relative_l2(found, plain),
+        max_abs=_greatest(output["max_abs"] for output in each),
+        max_abs_ratio=_greatest(output["max_abs_ratio"] for output in each),
+        relative_l2=_greatest(output["relative_l2"] for output in each),
+        cosine=-_greatest(-output["cosine"] for output in each),
+        effect=shown["effect"],
+        distance_to_base=shown["distance_to_base"],
         who=who.label,
     )
 
 
-def _expected(reference: Reference, who: _Who, feeds: Mapping[str, Tensor]) -> Tensor:
-    numbers = who.numbers(feeds["sample"].shape[0])
+def _compare_output(found: Tensor, expected: Tensor, plain: Tensor, who: _Who) -> dict[str, float]:
+    error = max_abs(found, expected)
+    # of a mixed batch the worst sample counts, not their mean
+    rows = range(len(found)) if who.chosen is not None else [slice(None)]
+    return {
+        "max_abs": error,
+        "max_abs_ratio": error / max(expected.abs().max().item(), 1e-30),
+        "relative_l2": _greatest(relative_l2(found[row], expected[row]) for row in rows),
+        "cosine": cosine(found, expected),
+        "effect": relative_l2(expected, plain),
+        "distance_to_base": relative_l2(found, plain),
+    }
+
+
+def _greatest(values: Iterable[float]) -> float:
+    """A NaN is greater than all."""
+    return max(values, key=lambda value: (value != value, value))
+
+
+def _expected(reference: Reference, who: _Who, batch: int, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    numbers = who.numbers(batch)
     return reference.adapted(feeds) if numbers is None else reference.mixed(feeds, numbers)
 
 
@@ -325,26 +356,35 @@ def _compare_trajectory(
     runner: Runner,
     reference: Reference,
     denoising: Denoising,
+    io: ModelSpec,
+    architecture: Architecture,
     feeds: Mapping[str, Tensor],
     who: _Who,
     progress: Progress,
 ) -> TrajectoryParity:
-    given = {name: tensor for name, tensor in feeds.items() if name not in ("sample", "timestep")}
-    given = {name: tensor for name, tensor in given.items() if name not in (ADAPTER_INDEX, ADAPTER_STRENGTH)}
-    noise = feeds["sample"].float()
+    latents, output = denoising.sampling.latents, io.outputs[0].name
+    left_out = (latents, "timestep", ADAPTER_INDEX, ADAPTER_STRENGTH)
+    given = {name: tensor for name, tensor in feeds.items() if name not in left_out}
+    noise = feeds[latents].float()
 
     def run(f: Mapping[str, Tensor]) -> Tensor:
         # guidance doubles the batch, which a model of fixed sizes does not take
         parts = []
-        for first in range(0, f["sample"].shape[0], len(noise)):
-            rows = {name: t[first : first + len(noise)] if t.dim() else t for name, t in f.items()}
-            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})["out_sample"].cpu())
+        for first in range(0, f[latents].shape[0], len(noise)):
+            rows = architecture.rows(f, first, first + len(noise))
+            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})[output].cpu())
         return torch.cat(parts)
+
+    def per_sample(f: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        wanted = next(tensor for tensor in architecture.spec("fp32").inputs if tensor.name == "timestep")
+        return {**f, "timestep": f["timestep"].expand(f[latents].shape[0])} if wanted.axes else f
 
     found = denoising.run(run, noise, given, progress=progress)
     wide = {name: tensor.float() for name, tensor in given.items()}
-    expected = denoising.run(lambda f: _expected(reference, who, f), noise, wide, progress=progress)
-    plain = denoising.run(reference.plain, noise, wide, progress=progress)
+    expected = denoising.run(
+        lambda f: _expected(reference, who, f[latents].shape[0], per_sample(f))[0], noise, wide, progress=progress
+    )
+    plain = denoising.run(lambda f: reference.plain(per_sample(f))[0], noise, wide, progress=progress)
     return TrajectoryParity(
         steps=denoising.steps,
         guidance=denoising.guidance,
@@ -364,12 +404,12 @@ def _locate(
     tolerance: Tolerance,
     device: Device,
 ) -> tuple[FirstDeviation | None, str | None]:
-    model = load_unet(base, "fp32")
+    model = load_model(base, "fp32")
     merge_into_(model, adapters)
     feeds = _feeds(artifact.manifest.io, worst.sizes, sample, worst.seed, worst.timestep)
     try:
         found = first_deviation(
-            model, artifact.onnx_path, artifact.manifest.io, feeds, tolerance.relative_l2, device,
+            model, base.config, artifact.onnx_path, artifact.manifest.io, feeds, tolerance.relative_l2, device,
             artifact.manifest.opset or 18,
         )  # fmt: skip
     except TrexportError as error:
