@@ -37,7 +37,7 @@ class _Step(nn.Module):
 
 def norms_of(base: Base) -> Counter[Shape]:
     """All group normalisations of one step, joined with what stands before them → how many there are; from shapes alone."""
-    model = empty_model(base.config)
+    model = empty_model(base.architecture)
     fuse_(cast(Any, model), FuseOptions(kernels="triton"))
     feeds = random_feeds(spec_of(base.config, "fp32"), default_sizes(base.config))
     with torch.no_grad():

@@ -193,7 +193,7 @@ def one_file_knows_transformers(imports: list[Import]) -> list[Import]:
     return [
         item
         for item in imports
-        if under(item.target, "transformers") and (item.at_import or item.importer != "trexport.models.component")
+        if under(item.target, "transformers") and (item.at_import or item.importer != "trexport.models.text_models")
     ]
 
 
@@ -338,7 +338,7 @@ BREAKS: dict[str, tuple[Rule, dict[str, str], list[str]]] = {
     "transformers": (
         one_file_knows_transformers,
         {
-            "trexport/models/component.py": "def f():\n    import transformers\nfrom transformers.utils import a",
+            "trexport/models/text_models.py": "def f():\n    import transformers\nfrom transformers.utils import a",
             "trexport/models/pipeline.py": "def f():\n    from transformers import CLIPTextModel",
         },
         ["transformers", "transformers.utils"],

@@ -48,7 +48,7 @@ class Ceiling:
 def work_of(base: Base, spec: ModelSpec, sizes: Mapping[str, int], dtype: Dtype) -> Work:
     """Count the work of one step, on the meta device."""
     feeds = {name: tensor.to("meta") for name, tensor in random_feeds(spec, sizes).items()}
-    model = empty_model(base.config)
+    model = empty_model(base.architecture)
     nn.Module.to(model, DTYPES[dtype])  # diffusers warns of its own `to`, though there is nothing to keep in float32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         outputs = outputs_of(model, feeds)

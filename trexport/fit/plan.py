@@ -95,7 +95,7 @@ def plan_fit(base: Base, tuned: Base, targets: Sequence[str], *, progress: Progr
             changed.
     """
     pattern = "|".join(f"(?:{PRESETS.get(target, target)})" for target in targets)
-    paths = list(find_targets(empty_model(base.config), pattern))
+    paths = list(find_targets(empty_model(base.architecture), pattern))
     before, after = _files(base), _files(tuned)
     _check_same_architecture(base, tuned, paths)
     shapes, others = base.shapes(), tuned.shapes()

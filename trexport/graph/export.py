@@ -27,9 +27,9 @@ from trexport.hashing import sha256_of_file
 from trexport.io_spec import BYTES_OF, Dtype, ModelSpec, banked_spec, parts_of
 from trexport.manifest import MODEL_NAME, BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
-from trexport.models.architectures import Limit, architecture_of, default_sizes, limits_of
+from trexport.models.architectures import Limit, architecture_of, architecture_of_model, default_sizes, limits_of
 from trexport.models.base import Base
-from trexport.models.model import architecture_of_model, load_model, merge_into_, random_feeds
+from trexport.models.model import load_model, merge_into_, random_feeds
 from trexport.models.pipeline import Component, Pipeline
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free

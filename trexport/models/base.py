@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, final
@@ -40,10 +41,10 @@ class Base:
     variant: str | None = None
     """The infix of the weight files' names, for instance `fp16`."""
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         """What follows from the config."""
-        return architecture_of(self.config)
+        return architecture_of(self.config, list(self.shapes()))
 
     def plain_name(self, name: str) -> str:
         """A weight file's name without the variant: what `from_pretrained` looks for when it is not told of one."""
@@ -131,10 +132,10 @@ def _random(name: str, architecture: str) -> Base:
         raise UsageError(f"{name}: unknown architecture, expected one of {known}{nearest(architecture, known)}")
     from trexport.models.model import empty_model
 
-    config = RANDOM[architecture]
-    model = empty_model(config)
+    kind = architecture_of(RANDOM[architecture])
+    model = empty_model(kind)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    return Base(name, architecture_of(config).full_config(model), [RandomWeights(name, shapes)])
+    return Base(name, kind.full_config(model), [RandomWeights(name, shapes, stem=kind.stem)])
 
 
 def _folder(name: str, folder: Path, variant: str | None) -> Base:

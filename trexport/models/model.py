@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trexport.errors import BaseError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, TensorDtype, parts_of
 from trexport.models.adapters import BoundAdapter
-from trexport.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from trexport.models.architectures import ARCHITECTURES, Architecture, architecture_of_model
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
 from trlora import LayerMerge, adapted_bias, attach_, merge_layer
@@ -25,14 +25,14 @@ DTYPES: dict[TensorDtype, torch.dtype] = {
 }
 
 
-def empty_model(config: Mapping[str, Any]) -> nn.Module:
+def empty_model(architecture: Architecture) -> nn.Module:
     """A model on the meta device: shapes, no memory.
 
     Raises:
-        BaseError: its class cannot be built from the config.
+        BaseError: its class cannot be built from its config.
     """
     with torch.device("meta"):
-        model = architecture_of(config).build()
+        model = architecture.build()
     return model.eval().requires_grad_(False)
 
 
@@ -42,9 +42,10 @@ def load_model(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT
     Raises:
         BaseError: a parameter is missing, unknown, or of another shape than the config asks for.
     """
-    model = empty_model(base.config)
+    model = empty_model(base.architecture)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = base.shapes()
+    left_out = base.architecture.not_loaded
+    found = {name: shape for name, shape in base.shapes().items() if name.rpartition(".")[2] not in left_out}
     for name, shape in found.items():
         if name not in expected:
             raise BaseError(
@@ -59,11 +60,24 @@ def load_model(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT
     with progress.task("load", len(expected)) as task:
         state: dict[str, Tensor] = {}
         for file in base.weights:
-            for entry in file.entries:
+            for entry in [entry for entry in file.entries if entry.name in found]:
                 state[entry.name] = file.tensor(entry.name).to(DTYPES[dtype])
                 task.advance(1)
         model.load_state_dict(state, assign=True)
+    _fill_buffers_(model, base.architecture)
     return model.requires_grad_(False)
+
+
+def _fill_buffers_(model: nn.Module, architecture: Architecture) -> None:
+    """Give a model the constants that no file holds."""
+    lacking = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if not lacking:
+        return
+    with torch.random.fork_rng(devices=[]):
+        whole = dict(architecture.build().named_buffers())
+    for name in lacking:
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_buffer(leaf, whole[name], persistent=False)
 
 
 def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress: Progress = SILENT) -> list[LayerMerge]:
@@ -115,7 +129,7 @@ def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -
     Args:
         sizes: of all axes.
     """
-    model = empty_model(base.config)
+    model = empty_model(base.architecture)
     rows: dict[str, int] = {}
 
     def record(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -142,11 +156,6 @@ def outputs_of(model: nn.Module, feeds: Mapping[str, Tensor]) -> tuple[Tensor, .
     architecture = architecture_of_model(model)
     given = {name: value for name, value in feeds.items() if name not in (ADAPTER_INDEX, ADAPTER_STRENGTH)}
     return architecture.outputs(model(**architecture.arguments(given)))
-
-
-def architecture_of_model(model: nn.Module) -> type[Architecture]:
-    """The architecture of a model in memory, by its class."""
-    return ARCHITECTURES[type(model).__name__]
 
 
 def spread_timestep(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -112,8 +112,10 @@ class RandomWeights:
     own, from its name.
     """
 
-    def __init__(self, label: str, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> None:
-        self.name = "diffusion_pytorch_model.safetensors"
+    def __init__(
+        self, label: str, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, stem: str = "diffusion_pytorch_model"
+    ) -> None:
+        self.name = f"{stem}.safetensors"
         self.metadata: Mapping[str, str] = {"format": "pt"}
         self.entries: Sequence[Entry] = [Entry(name, "F32", shape) for name, shape in shapes.items()]
         self._shapes = shapes

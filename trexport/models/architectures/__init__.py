@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from trexport.errors import BaseError, UsageError
 from trexport.io_spec import Dtype, ModelSpec
 from trexport.models.architectures.base import Architecture, Limit, Sampling
+from trexport.models.architectures.clip_text import ClipText, ClipTextWithProjection
 from trexport.models.architectures.controlnet import ControlNet
 from trexport.models.architectures.flux import Flux
 from trexport.models.architectures.sd3 import StableDiffusion3
@@ -16,7 +19,8 @@ from trexport.models.architectures.unet import UNet
 from trlora.errors import nearest
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
-    architecture.class_name: architecture for architecture in (UNet, StableDiffusion3, Flux, ControlNet)
+    architecture.class_name: architecture
+    for architecture in (UNet, StableDiffusion3, Flux, ControlNet, ClipText, ClipTextWithProjection)
 }
 """Class of the model → its architecture."""
 
@@ -37,8 +41,11 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
+def architecture_of(config: Mapping[str, Any], names: Sequence[str] = ()) -> Architecture:
     """The architecture that a model's config is of.
+
+    Args:
+        names: of its parameters, as its files have them.
 
     Raises:
         BaseError: none that is known.
@@ -47,7 +54,19 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if found not in ARCHITECTURES:
         known = list(ARCHITECTURES)
         raise BaseError(f"the model is a {found}, expected one of {known}{nearest(found or '', known)}")
-    return ARCHITECTURES[found](config)
+    return ARCHITECTURES[found](config, names)
+
+
+def architecture_of_model(model: nn.Module) -> type[Architecture]:
+    """The architecture of a model in memory.
+
+    Raises:
+        BaseError: none that is known.
+    """
+    for architecture in ARCHITECTURES.values():
+        if architecture.is_of(model):
+            return architecture
+    raise BaseError(f"the model is a {type(model).__name__}, expected one of {list(ARCHITECTURES)}")
 
 
 def spec_of(
@@ -93,6 +112,7 @@ __all__ = [
     "Limit",
     "Sampling",
     "architecture_of",
+    "architecture_of_model",
     "class_of",
     "default_sizes",
     "in_order",

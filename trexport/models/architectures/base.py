@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -64,6 +64,8 @@ class Architecture(ABC):
     stem: ClassVar[str] = "diffusion_pytorch_model"
     """How the names of its weight files begin."""
     pickle_stem: ClassVar[str] = "diffusion_pytorch_model"
+    not_loaded: ClassVar[tuple[str, ...]] = ()
+    """The last parts of names in files that are no parameters."""
     random: ClassVar[Mapping[str, Mapping[str, Any]]]
     """`random:NAME` → config."""
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -76,7 +78,13 @@ class Architecture(ABC):
     """What a timestep from 0 to 1000 is multiplied by."""
 
     @final
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], names: Sequence[str] = ()) -> None:
+        """
+        Args:
+            config: the model's.
+            names: of its parameters, as its files have them; empty for the class's own.
+        """
+        self.names = names
         self.config: Mapping[str, Any] = {**self.defaults, **config}
 
     @abstractmethod
@@ -156,6 +164,11 @@ class Architecture(ABC):
             return self.model_class().from_config(dict(self.config))
         except (ValueError, TypeError, KeyError) as error:
             raise BaseError(f"diffusers cannot build a {self.class_name} from this config: {error}") from error
+
+    @classmethod
+    def is_of(cls, model: nn.Module) -> bool:
+        """Whether a model in memory is of this architecture."""
+        return type(model).__name__ == cls.class_name
 
     def full_config(self, model: nn.Module) -> dict[str, Any]:
         """The whole config, defaults included, as a `config.json` holds it."""
