@@ -20,6 +20,7 @@ what you trust.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -88,15 +89,20 @@ class _Step(nn.Module):
     """The model as a function of tensors named as the spec's. It has the model's own children, so that the names of all
     parameters are the model's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
-        self._model = (model,)  # in a tuple it is no child: its parameters would be here twice
 
-    def forward(self, **feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = outputs_of(self._model[0], feeds)
-        return outputs[0] if len(outputs) == 1 else outputs
+        def forward(**feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
+            outputs = outputs_of(model, feeds)
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        # torch.export asks which arguments there are
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
+        forward.__signature__ = named  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 @contextmanager
@@ -360,10 +366,10 @@ class AotInductor(EngineBackend):
             with _quiet(), _cache(), torch.no_grad():
                 with progress.task("trace"):
                     program = torch.export.export(
-                        _Step(model).eval(),
+                        _Step(model, spec).eval(),
                         (),
                         feeds,
-                        dynamic_shapes={"feeds": _dynamic_shapes(spec, profile, multiple)},
+                        dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
                     )
                 with progress.task("compile"):
                     torch._inductor.aoti_compile_and_package(
