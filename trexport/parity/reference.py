@@ -11,7 +11,7 @@ from torch import Tensor
 from trexport.backends import Device
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.model import attach_all_, load_model, outputs_of
+from trexport.models.model import attach_all_, load_model, outputs_of, spread_timestep
 from trexport.progress import SILENT, Progress
 from trlora import set_strengths_
 
@@ -25,6 +25,7 @@ class Reference:
     ) -> None:
         self._model = load_model(base, "fp32", progress=progress)
         self._architecture = base.architecture
+        self._spec = base.architecture.spec("fp32")
         attach_all_(self._model, adapters)
         self._model.to(device)
         self._device = device
@@ -65,6 +66,7 @@ class Reference:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         try:
             with torch.inference_mode():
+                feeds = spread_timestep(self._spec, feeds)
                 wide = {n: t.float() if t.is_floating_point() else t for n, t in feeds.items()}
                 found = outputs_of(self._model, {n: t.to(self._device) for n, t in wide.items()})
                 return tuple(tensor.cpu() for tensor in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -12,29 +12,25 @@ from torch import Tensor
 
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
-from trexport.backends import BACKENDS, Device, Runner
+from trexport.backends import BACKENDS, Device
 from trexport.errors import TrexportError, UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
+from trexport.io_spec import ModelSpec
 from trexport.models.adapters import BoundAdapter
-from trexport.models.architectures import ARCHITECTURES, Architecture, Limit, default_sizes, limits_of
+from trexport.models.architectures import ARCHITECTURES, Limit, default_sizes, limits_of
 from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
-from trexport.models.model import batch_of, load_model, merge_into_, random_feeds
+from trexport.models.model import load_model, merge_into_, random_feeds
 from trexport.models.sample import Sample, sample_of
+from trexport.parity.compare import Who, compare_step, compare_trajectory
 from trexport.parity.components import compare_components, judge_components
+from trexport.parity.judge import judge
 from trexport.parity.locate import first_deviation
-from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
 from trexport.parity.reference import Reference
 from trexport.parity.report import ComponentParity, FirstDeviation, ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES, Tolerance
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 from trexport.session.sources import backend_for, source_of
-
-_LEAST_EFFECT = 1e-4
-"""An adapter that moves the output less than this, relative, cannot be seen in a picture of 8 bits."""
-_EFFECT_OVER_ERROR = 3.0
-"""The effect must stand this far above the error, or parity could not tell the adapter from none."""
 
 
 @final
@@ -99,7 +95,7 @@ def validate(
         with progress.task("validate", len(cases)) as task:
             for who, sizes, timestep, seed in cases:
                 feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                steps.append(_compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, who))
+                steps.append(compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, who))
                 task.advance(1)
         if options.trajectory_steps and base.architecture.sampling is not None:
             kind = type(base.architecture)
@@ -107,7 +103,7 @@ def validate(
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
             if sample is not None and shapes[0]["sequence_length"] != sample.prompts.shape[1]:
                 denoising = replace(denoising, guidance=1.0)  # its empty prompt is not that long
-            trajectory = _compare_trajectory(
+            trajectory = compare_trajectory(
                 runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
             )
     failures: list[str] = []
@@ -152,99 +148,13 @@ def validate(
     )
 
 
-@final
-@dataclass(frozen=True)
-class _Who:
-    """Whose pictures are drawn."""
-
-    label: str
-    chosen: Sequence[int | None] | None
-    """Of a bank, the numbers of adapters, from 0, that samples take in turn; None for every other form: all at once."""
-
-    def numbers(self, batch: int) -> list[int | None] | None:
-        """An adapter for each sample."""
-        return None if self.chosen is None else [self.chosen[row % len(self.chosen)] for row in range(batch)]
-
-    def sizes(self, sizes: dict[str, int], io: ModelSpec) -> dict[str, int]:
-        """Sizes that have room for every adapter in one batch, where the batch is free."""
-        if self.chosen is None or "batch_size" not in io.free_axes:
-            return sizes
-        return sizes | {"batch_size": max(sizes["batch_size"], min(len(self.chosen), 63))}
-
-    def among(self, adapters: Sequence[BoundAdapter]) -> list[BoundAdapter]:
-        """The adapters that it draws with."""
-        return list(adapters) if self.chosen is None else [adapters[n] for n in self.chosen if n is not None]
-
-    def feeds(self, batch: int, adapters: Sequence[float]) -> dict[str, Tensor]:
-        """The bank's index and strengths, none for other forms."""
-        numbers = self.numbers(batch)
-        if numbers is None:
-            return {}
-        strengths = [1.0 if number is None else adapters[number] for number in numbers]
-        index = [0 if number is None else number + 1 for number in numbers]
-        return {ADAPTER_INDEX: torch.tensor(index), ADAPTER_STRENGTH: torch.tensor(strengths)}
-
-
-def _groups(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[_Who]:
+def _groups(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[Who]:
     """Of a bank every adapter alone, and all of them and the base in one batch; otherwise the adapters together."""
     if artifact.manifest.factored is None or factored_of(artifact).bank is None:
-        return [_Who("", None)]
-    alone = [_Who(adapter.name, [number]) for number, adapter in enumerate(adapters)]
+        return [Who("", None)]
+    alone = [Who(adapter.name, [number]) for number, adapter in enumerate(adapters)]
     turns: list[int | None] = [*range(len(adapters)), None]
-    return [*alone, _Who("each its own", turns)] if adapters else [_Who("base", [None])]
-
-
-def judge(
-    steps: Sequence[StepParity],
-    trajectory: TrajectoryParity | None,
-    tolerance: Tolerance,
-    *,
-    adapted: bool,
-    has_effect: bool,
-) -> list[str]:
-    """Why the numbers do not prove equality; nothing when they do. Every limit is written so that a NaN fails it.
-
-    Args:
-        adapted: whether the artifact has adapters, so that an effect is expected.
-        has_effect: whether any of them has a strength other than zero.
-    """
-    failures: list[str] = []
-
-    def limit(name: str, values: Sequence[float], bound: float, *, least: bool = False) -> None:
-        failing = [value for value in values if not (value >= bound if least else value <= bound)]
-        if failing:
-            worst = min(failing) if least else max(failing)
-            if any(math.isnan(value) for value in failing):
-                worst = math.nan
-            sign = "below" if least else "above"
-            failures.append(f"{name} is {worst:.3g}, {sign} {bound:.3g}, in {len(failing)} of {len(values)} cases")
-
-    limit("relative L2 of a step", [step.relative_l2 for step in steps], tolerance.relative_l2)
-    limit("greatest error of a step over its greatest value", [s.max_abs_ratio for s in steps], tolerance.max_abs_ratio)
-    limit("cosine of a step", [step.cosine for step in steps], tolerance.cosine, least=True)
-    if trajectory is not None:
-        limit("relative L2 of the final image", [trajectory.relative_l2], tolerance.trajectory_relative_l2)
-        limit("PSNR (dB) of the final image", [trajectory.psnr_db], tolerance.psnr_db, least=True)
-    if adapted and not has_effect:
-        failures.append("every adapter has strength 0: the artifact is the base, and no effect can be shown")
-    elif adapted:
-        effect = max(step.effect for step in steps)
-        # an error outside its tolerance has failed above, and says nothing about the adapters
-        error = max((s.relative_l2 for s in steps if s.relative_l2 <= tolerance.relative_l2), default=0.0)
-        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error)
-        if not effect >= least:
-            failures.append(
-                f"the adapters move the output by {effect:.3g} at most, expected at least {least:.3g}: they do nothing "
-                "that could be told from no adapter"
-            )
-        # triangle inequality: an artifact that equals the adapted reference is as far from the base as that one is
-        stuck = [step for step in steps if not step.distance_to_base >= 0.5 * step.effect]
-        if stuck and effect >= _LEAST_EFFECT:
-            failures.append(
-                f"the artifact is nearer to the base than its adapters should leave it in {len(stuck)} of {len(steps)} "
-                "cases: they are not, or not wholly, in it"
-            )
-    return failures
+    return [*alone, Who("each its own", turns)] if adapters else [Who("base", [None])]
 
 
 def _shapes(io: ModelSpec, base: Base, sample: Sample | None, given: Mapping[str, int] | None) -> list[dict[str, int]]:
@@ -296,103 +206,6 @@ def _feeds(
         rows = [list(shown)[(seed + i) % len(list(shown))] for i in range(sizes["batch_size"])]
         feeds["encoder_hidden_states"] = sample.prompts[rows].to(feeds["encoder_hidden_states"])
     return feeds
-
-
-def _compare_step(
-    runner: Runner,
-    reference: Reference,
-    io: ModelSpec,
-    feeds: Mapping[str, Tensor],
-    sizes: dict[str, int],
-    timestep: float,
-    seed: int,
-    who: _Who,
-) -> StepParity:
-    given = runner({**feeds, **who.feeds(sizes["batch_size"], reference.strengths)})
-    found = [given[tensor.name].float().cpu() for tensor in io.outputs]
-    expected, plain = _expected(reference, who, batch_of(io, feeds), feeds), reference.plain(feeds)
-    each = [_compare_output(*tensors, who) for tensors in zip(found, expected, plain, strict=True)]
-    # of several outputs the worst counts; of their effects the greatest
-    shown = max(each, key=lambda output: output["effect"])
-    return StepParity(
-        sizes=sizes,
-        timestep=timestep,
-        seed=seed,
-        max_abs=_greatest(output["max_abs"] for output in each),
-        max_abs_ratio=_greatest(output["max_abs_ratio"] for output in each),
-        relative_l2=_greatest(output["relative_l2"] for output in each),
-        cosine=-_greatest(-output["cosine"] for output in each),
-        effect=shown["effect"],
-        distance_to_base=shown["distance_to_base"],
-        who=who.label,
-    )
-
-
-def _compare_output(found: Tensor, expected: Tensor, plain: Tensor, who: _Who) -> dict[str, float]:
-    error = max_abs(found, expected)
-    # of a mixed batch the worst sample counts, not their mean
-    rows = range(len(found)) if who.chosen is not None else [slice(None)]
-    return {
-        "max_abs": error,
-        "max_abs_ratio": error / max(expected.abs().max().item(), 1e-30),
-        "relative_l2": _greatest(relative_l2(found[row], expected[row]) for row in rows),
-        "cosine": cosine(found, expected),
-        "effect": relative_l2(expected, plain),
-        "distance_to_base": relative_l2(found, plain),
-    }
-
-
-def _greatest(values: Iterable[float]) -> float:
-    """A NaN is greater than all."""
-    return max(values, key=lambda value: (value != value, value))
-
-
-def _expected(reference: Reference, who: _Who, batch: int, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    numbers = who.numbers(batch)
-    return reference.adapted(feeds) if numbers is None else reference.mixed(feeds, numbers)
-
-
-def _compare_trajectory(
-    runner: Runner,
-    reference: Reference,
-    denoising: Denoising,
-    io: ModelSpec,
-    architecture: Architecture,
-    feeds: Mapping[str, Tensor],
-    who: _Who,
-    progress: Progress,
-) -> TrajectoryParity:
-    latents, output = denoising.sampling.latents, io.outputs[0].name
-    left_out = (latents, "timestep", ADAPTER_INDEX, ADAPTER_STRENGTH)
-    given = {name: tensor for name, tensor in feeds.items() if name not in left_out}
-    noise = feeds[latents].float()
-
-    def run(f: Mapping[str, Tensor]) -> Tensor:
-        # guidance doubles the batch, which a model of fixed sizes does not take
-        parts = []
-        for first in range(0, f[latents].shape[0], len(noise)):
-            rows = architecture.rows(f, first, first + len(noise))
-            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})[output].cpu())
-        return torch.cat(parts)
-
-    def per_sample(f: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        wanted = next(tensor for tensor in architecture.spec("fp32").inputs if tensor.name == "timestep")
-        return {**f, "timestep": f["timestep"].expand(f[latents].shape[0])} if wanted.axes else f
-
-    found = denoising.run(run, noise, given, progress=progress)
-    wide = {name: tensor.float() for name, tensor in given.items()}
-    expected = denoising.run(
-        lambda f: _expected(reference, who, f[latents].shape[0], per_sample(f))[0], noise, wide, progress=progress
-    )
-    plain = denoising.run(lambda f: reference.plain(per_sample(f))[0], noise, wide, progress=progress)
-    return TrajectoryParity(
-        steps=denoising.steps,
-        guidance=denoising.guidance,
-        seed=0,
-        relative_l2=relative_l2(found, expected),
-        psnr_db=psnr_db(found, expected),
-        effect=relative_l2(expected, plain),
-    )
 
 
 def _locate(

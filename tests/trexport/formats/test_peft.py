@@ -157,7 +157,7 @@ def test_a_unet_draws_what_pefts_draws(name: str, base: Base, tmp_path: Path, mo
     attach_all_(attached, [bound])
     merge_into_(merged, [bound])
     with torch.inference_mode():
-        unmerged = None if case.config is CASES["OFT"].config else first_output(theirs, feeds)
+        unmerged = None if case.config is CASES["OFT"].config else first_output(theirs.get_base_model(), feeds)
         found = first_output(attached, feeds)
         moved = float((found - first_output(plain, feeds)).abs().max())
         theirs = theirs.merge_and_unload()

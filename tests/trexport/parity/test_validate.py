@@ -17,9 +17,10 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.merging import merge
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
+from trexport.parity.judge import judge
 from trexport.parity.report import ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES
-from trexport.parity.validate import ValidateOptions, judge, validate
+from trexport.parity.validate import ValidateOptions, validate
 
 QUICK = ValidateOptions(timesteps=(10, 700), seeds=(0,), trajectory_steps=3, sizes=SIZES)
 
