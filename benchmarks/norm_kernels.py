@@ -21,6 +21,20 @@ from trexport.models.fused.join import join_norms_
 from trexport.models.model import DTYPES, empty_model, first_output, random_feeds
 
 REPEATS = 20
+# slices, rows of a tile, rows of a tile of the second kernel, warps
+_SPLITS = (
+    (16, 32, 32, 4),
+    (16, 64, 64, 8),
+    (32, 32, 32, 4),
+    (32, 32, 64, 4),
+    (32, 16, 64, 4),
+    (32, 64, 64, 8),
+    (64, 16, 32, 4),
+    (64, 32, 32, 4),
+    (64, 32, 64, 4),
+    (64, 64, 64, 8),
+    (128, 32, 64, 4),
+)
 # (batch, channels, height, width), more channels of a concatenation, groups, residual, axes of the shift, SiLU, sum kept
 Shape = tuple[tuple[int, ...], int, int, bool, int, bool, bool]
 
@@ -102,7 +116,7 @@ def time_norms(base: Base, device: Device, dtype: Dtype) -> list[dict[str, Any]]
         moved = sum(t.nbytes for t in (x, skip, other) if t is not None) + (1 + keep) * x.nbytes * channels // first
         print(
             f"{shape} x{count}: own {times['own']:.2f} µs of "
-            f"{' '.join(f'{name} {us:.2f}' for name, us in sorted(times.items(), key=lambda item: item[1])[:4])}; "
+            f"{' '.join(f'{name} {us:.2f}' for name, us in sorted(times.items(), key=lambda item: item[1])[:5])}; "
             f"HBM floor {moved / 3.35e12 * 1e6:.2f}; error {worst:.1e}",
             flush=True,
         )
@@ -113,7 +127,8 @@ def time_norms(base: Base, device: Device, dtype: Dtype) -> list[dict[str, Any]]
 
 
 def _tilings(rows: int, groups: int, width: int) -> dict[str, Any]:
-    """What the kernels choose themselves, and others: two passes (p elements x warps), two kernels (slices s, rows r)."""
+    """What the kernels choose themselves, and others: two passes (p elements x warps), two kernels
+    (slices s, rows r, rows of the second l, warps w)."""
     from trexport.models.fused.kernels.group_norm import Tiling, groups_together
 
     lanes = 2 ** (width - 1).bit_length()
@@ -122,8 +137,8 @@ def _tilings(rows: int, groups: int, width: int) -> dict[str, Any]:
         for elements, warps in ((4096, 8), (8192, 8), (16384, 16)):
             chosen[f"p{elements}x{warps}"] = Tiling(elements // lanes, 1, warps)
         together = groups_together(groups, width, 128)
-        for splits, lines in ((8, 32), (16, 32), (16, 64)):
-            chosen[f"s{splits}r{lines}"] = Tiling(lines, together, 4, splits=splits)
+        for splits, lines, last, warps in _SPLITS:
+            chosen[f"s{splits}r{lines}l{last}w{warps}"] = Tiling(lines, together, warps, splits, last_rows=last)
     else:
         tile = 2 ** (rows - 1).bit_length()
         for warps in (4, 16):

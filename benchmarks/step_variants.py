@@ -35,6 +35,7 @@ from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
+from trexport.models.fused.join_linear import join_linears_
 from trexport.models.model import DTYPES, first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 
@@ -52,6 +53,8 @@ class Variant:
     triton: bool = False
     joined: bool = False
     """Exported first, then `join_norms_`."""
+    linears: bool = False
+    """Exported first, then `join_linears_`."""
     cudnn_attention: bool = False
     diffusers_qkv: bool = False
     """What diffusers has: `fuse_qkv_projections`."""
@@ -64,6 +67,7 @@ _BEST = Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM)
 _PROJECTIONS = Variant(PROJECTIONS, cudnn_attention=True, inductor=_MM)
 _NORMS = replace(_PROJECTIONS, rewrites=(*PROJECTIONS, "group_norm"), triton=True)
 _JOINED = replace(_NORMS, joined=True)
+_LINEARS = replace(_JOINED, linears=True)
 VARIANTS = {
     "plain": Variant(),
     "best-pytorch": _BEST,
@@ -72,11 +76,12 @@ VARIANTS = {
     "projections-tuned": replace(_PROJECTIONS, inductor=_MM | _TUNED),
     "norms": _NORMS,
     "joined": _JOINED,
+    "linears": _LINEARS,
     "joined-default-attention": replace(_JOINED, cudnn_attention=False),
     "joined-tuned": replace(_JOINED, inductor=_MM | _TUNED),
-    "joined-autotuned": replace(_JOINED, inductor=_MM | {"max_autotune": True}),
+    "linears-autotuned": replace(_LINEARS, inductor=_MM | {"max_autotune": True}),
 }
-DEFAULT = "best-pytorch,projections,norms,joined,joined-tuned"
+DEFAULT = "best-pytorch,projections,joined,linears"
 
 # the first that matches a kernel's name
 CLASSES = {
@@ -85,7 +90,7 @@ CLASSES = {
     "layer norm": r"layer_norm",
     "group norm": r"norm|slab_kernel|statistics_kernel|normalise_kernel",
     "conv": r"fprop|implicit_gemm|cask_plugin|nhwcAddPadding|conv2d|cudnn",
-    "gemm": r"nvjet|gemm|cutlass|cublas|splitK|triton_tem|_mm",
+    "gemm": r"linear_kernel|nvjet|gemm|cutlass|cublas|splitK|triton_tem|_mm",
     "geglu": r"gelu",
     "pointwise": r"",
 }
@@ -199,10 +204,11 @@ def prepared(
         )
         report = fuse_(cast(Any, model), options).to_dict()
     step: nn.Module = _Step(model)
-    if variant.joined:
+    if variant.joined or variant.linears:
         with torch.no_grad():
             program = torch.export.export(step, (), dict(feeds))
-        report |= {"joined": join_norms_(program)}
+        report |= {"norms": join_norms_(program)} if variant.joined else {}
+        report |= {"linears": join_linears_(program)} if variant.linears else {}
         step = program.module()
     print(report, flush=True)
     torch.compiler.reset()

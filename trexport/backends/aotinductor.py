@@ -55,7 +55,7 @@ from trexport.errors import ArtifactError, ExportError, MissingError, RunError, 
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of
 from trexport.models.architectures.unet import UNet
-from trexport.models.fused import fuse_, options_for
+from trexport.models.fused import fuse_, join_, options_for
 from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -72,7 +72,7 @@ _LEVELS: tuple[dict[str, Any], ...] = (
     {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "max_autotune": True},
 )
 """Settings of the compiler by optimization level; from 1 on the UNet is rewritten too. Tuning measures on the device, which
-takes minutes. 0 is what is done unasked: of the others none was seen to run on a GPU yet (`benchmarks/NOTES.md`)."""
+takes minutes. From 1 on for the CPU only: on a GPU the packages crashed while they were loaded (`benchmarks/NOTES.md`)."""
 # What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
 _UNKNOWN = {
     "workspace_bytes": "--workspace",
@@ -311,6 +311,11 @@ class AotInductor(EngineBackend):
         level = options.optimization_level
         if level is not None and level >= len(_LEVELS):
             raise UsageError(f"--optimization-level {level}: aotinductor knows 0 to {len(_LEVELS) - 1}")
+        if level and options.device == "cuda":
+            raise UsageError(
+                f"--optimization-level {level}: not for CUDA yet; its packages ended in a segmentation fault when they were "
+                "loaded on an H100 (torch 2.11), the cause is not known; leave it out"
+            )
         if len(options.profiles) != 1:
             raise UsageError(
                 f"{len(options.profiles)} profiles given, aotinductor takes one; give one that holds all sizes"
@@ -371,6 +376,7 @@ class AotInductor(EngineBackend):
                         feeds,
                         dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
                     )
+                    joined = join_(program) if fused is not None and fused.options.kernels == "triton" else None
                 with progress.task("compile"):
                     torch._inductor.aoti_compile_and_package(
                         program, package_path=str(path), inductor_configs=dict(settings)
@@ -379,7 +385,7 @@ class AotInductor(EngineBackend):
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
         settings |= {"device": device, _MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
-            settings["rewrites"] = fused.to_dict()
+            settings["rewrites"] = fused.to_dict() | ({} if joined is None else {"joined": joined})
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(

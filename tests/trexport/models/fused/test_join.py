@@ -20,7 +20,7 @@ from trexport.models.fused.norm import GroupNormAct
 from trexport.models.model import first_output, random_feeds
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -37,7 +37,7 @@ def test_a_joined_program_is_the_plain_unet(name: str) -> None:
     with torch.no_grad():
         wanted = first_output(model, feeds)
         fuse_(model, FuseOptions(kernels="triton"))
-        program = torch.export.export(_Step(model), (), feeds)
+        program = torch.export.export(Step(model), (), feeds)
         found = join_norms_(program)
         got = program.module()(**feeds)
     assert float((got - wanted).norm() / wanted.norm()) < EXACT

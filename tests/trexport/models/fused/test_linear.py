@@ -9,7 +9,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed: the kernel is not tested here")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
+ROUNDING = {torch.float16: 5e-4}
+if DEVICE == "cuda":
+    ROUNDING[torch.bfloat16] = 4e-3  # the interpreter takes its bits for integers
 # rows, in, out: rectangles that fill no tile, a depth that is no multiple of a block, more blocks of rows than go together
 SHAPES = [(50, 40, 24), (33, 64, 70), (300, 32, 16)]
 
@@ -20,7 +22,7 @@ SHAPES = [(50, 40, 24), (33, 64, 70), (300, 32, 16)]
 def test_it_is_the_product(
     monkeypatch: pytest.MonkeyPatch, extra: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    import triton
+    import triton  # pyright: ignore[reportMissingImports]
 
     from trexport.models.fused.kernels import linear
 

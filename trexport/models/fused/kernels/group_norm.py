@@ -39,20 +39,25 @@ class Tiling:
     """Slices of rows with statistics of their own, in a kernel before; 0: one program takes all rows of its groups."""
     in_registers: bool = False
     """A tile has all rows."""
+    last_rows: int | None = None
+    """Of a tile of the second kernel; as `rows` where it is None."""
 
 
 _IN_REGISTERS = 32768
-"""Most elements of a tile that holds all rows."""
+"""Most elements of a tile that holds all rows, idle lanes included."""
+_USED = 20480
+"""Most of them that are not idle: with more, slices of rows were faster (`benchmarks/NOTES.md`)."""
 _PASSING = 8192
 """Elements of a tile where all rows pass through twice."""
 _WRITTEN_OUT = 8
 """Most tiles of a slice whose code stands one after another, so that they are loaded together; more are a loop."""
-_FEW = 48
-"""With fewer programs than this rows are divided too: a third of an H100's multiprocessors."""
+_ENOUGH = 512
+"""With so many programs rows are not divided: some for each of an H100's 132 multiprocessors."""
 _WIDE = 128
 """Aim of a tile's channels where rows are divided: one row of it is 256 bytes in half precision."""
-_SPLITS = 16
 _SPLIT_ROWS = 32
+_MANY_ROWS = 2048
+"""From here on rows are divided into more slices, and the second kernel's tiles are higher."""
 
 FORCED: Tiling | None = None
 """What the benchmark of the kernels tries in the place of `tiling`'s choice."""
@@ -61,12 +66,14 @@ FORCED: Tiling | None = None
 def tiling(batch: int | torch.SymInt, rows: int | torch.SymInt, groups: int, width: int) -> Tiling:
     """For `groups` groups of `width` channels. Sizes that are free at the build are taken for great ones."""
     lanes = triton.next_power_of_2(width)
-    if isinstance(rows, int) and triton.next_power_of_2(rows) * lanes <= _IN_REGISTERS:
+    if isinstance(rows, int) and triton.next_power_of_2(rows) * lanes <= _IN_REGISTERS and rows * width <= _USED:
         tile = triton.next_power_of_2(rows)
         together = groups_together(groups, width, min(_WIDE // 2, _IN_REGISTERS // 4 // tile))
         return Tiling(tile, together, 16 if tile * lanes > _IN_REGISTERS // 2 else 8, in_registers=True)
-    if isinstance(batch, int) and batch * groups < _FEW:
-        return Tiling(_SPLIT_ROWS, groups_together(groups, width, _WIDE), 4, splits=_SPLITS)
+    if isinstance(batch, int) and batch * groups < _ENOUGH:
+        many = not isinstance(rows, int) or rows >= _MANY_ROWS
+        splits, last = (32, 64) if many else (16, 32)
+        return Tiling(_SPLIT_ROWS, groups_together(groups, width, _WIDE), 4, splits, last_rows=last)
     return Tiling(max(1, _PASSING // lanes), 1, 16)
 
 
@@ -96,8 +103,8 @@ def normalised(
     channels = first + (0 if other is None else other.shape[1])
     rows = height * columns
     width = channels // groups
-    x, skip, other = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, skip, other))
-    assert x is not None
+    x = x.contiguous(memory_format=torch.channels_last)
+    skip, other = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (skip, other))
     out = torch.empty(batch, height, columns, channels, dtype=x.dtype, device=x.device)
     joined = torch.empty_like(out) if keep else None
     # in the place of what is not there stands something that is never touched
@@ -138,7 +145,7 @@ def normalised(
             KEEP=keep,
             SILU=silu,
         )
-        return _channels_first(joined), _channels_first(out)
+        return None if joined is None else _channels_first(joined), _channels_first(out)
     means = torch.empty(batch, groups, how.splits, dtype=torch.float32, device=x.device)
     squares = torch.empty_like(means)
     wrap_triton(statistics_kernel)[(blocks, how.splits, batch)](
@@ -156,7 +163,9 @@ def normalised(
     if joined is not None:
         given = dict.fromkeys(given, weight) | {"x": joined}
         sizes |= {"FIRST": channels, "HAS_SKIP": False, "HAS_SHIFT": False, "HAS_OTHER": False}
-    wrap_triton(normalise_kernel)[(blocks, triton.cdiv(rows, how.rows), batch)](
+    last_rows = how.last_rows or how.rows
+    sizes["BLOCK_ROWS"] = last_rows
+    wrap_triton(normalise_kernel)[(blocks, triton.cdiv(rows, last_rows), batch)](
         **given,
         weight=weight,
         bias=bias,
@@ -170,7 +179,7 @@ def normalised(
         EPS=eps,
         SILU=silu,
     )
-    return _channels_first(joined), _channels_first(out)
+    return None if joined is None else _channels_first(joined), _channels_first(out)
 
 
 def _tiles(rows: int | torch.SymInt, how: Tiling) -> int:
@@ -179,5 +188,5 @@ def _tiles(rows: int | torch.SymInt, how: Tiling) -> int:
     return tiles if tiles <= _WRITTEN_OUT else 0
 
 
-def _channels_first(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.permute(0, 3, 1, 2)
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
