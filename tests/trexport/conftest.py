@@ -26,7 +26,7 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny pipelines `sd` and `sdxl`."""
+    """A folder with the tiny pipelines `sd`, `sdxl` and `sd3`."""
     from tests.trexport.scripts.make_pipelines import main
 
     folder = tmp_path_factory.mktemp("pipelines")

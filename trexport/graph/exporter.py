@@ -52,7 +52,8 @@ def run_exporter(
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            told = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(Refer to")]
+            reason = told[-1] if told else type(error).__name__
             raise ExportError(f"torch's ONNX exporter failed: {reason}") from error
     assert program is not None
     return program

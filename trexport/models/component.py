@@ -45,12 +45,15 @@ def component_spec(component: Component, dtype: Dtype, fixed: Mapping[str, int] 
 
     Args:
         dtype: of all but `input_ids`, which is int64.
-        fixed: the UNet's fixed axes, in latents. The batch stays free, for guidance doubles the UNet's alone.
+        fixed: the fixed axes of the model that denoises, in latents. The batch stays free, for guidance doubles that
+            model's alone.
     """
     fixed, config = fixed or {}, component.source.config
     batch = "batch_size"
     if component.kind == "text_encoder":
-        sizes = {axis: size for axis, size in fixed.items() if axis == "sequence_length"}
+        # Stable Diffusion 3 and Flux read T5's tokens too, which are more than CLIP can have
+        most = config["max_position_embeddings"]
+        sizes = {axis: min(size, most) for axis, size in fixed.items() if axis == "sequence_length"}
         spec = ARCHITECTURES[component.class_name](config).spec(dtype, sizes)
         if not component.hidden_states:
             return spec

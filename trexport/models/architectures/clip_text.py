@@ -133,7 +133,10 @@ class ClipText(_ClipText):
     """transformers' `CLIPTextModel`: `last_hidden_state` and `pooler_output`."""
 
     class_name: ClassVar[str] = "CLIPTextModel"
-    random: ClassVar[Mapping[str, Mapping[str, Any]]] = {"clip-l": _CLIP_L, "clip-tiny": _TINY}
+    random: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "clip-l": _CLIP_L,
+        "clip-tiny": _TINY | {"num_hidden_layers": 1},
+    }
 
     def spec(
         self, dtype: Dtype, sizes: Mapping[str, int] | None = None, *, timestep_per_sample: bool = False
