@@ -40,3 +40,11 @@ def test_axes_that_follow_from_others() -> None:
     assert tensor.shape({"batch_size": 2, "latent_height": 5, "sample_width": 48}) == (2, 3, 40, 12)
     with pytest.raises(KeyError, match="latent_height"):
         tensor.shape({"batch_size": 2, "sample_width": 48})
+
+
+def test_specs_of_before_there_was_more_than_one_architecture() -> None:
+    spec = spec_of(RANDOM["tiny-sdxl"], "fp16", {"height": 8, "batch_size": 2})
+    old = {name: value for name, value in spec.to_dict().items() if name not in ("fixed", "model")}
+    assert ModelSpec.from_dict(old) == spec
+    decoder = {"inputs": [TensorSpec("latent_sample", "fp32", (2, 4, 8, 8)).to_dict()], "outputs": []}
+    assert ModelSpec.from_dict(decoder).fixed_sizes() == {}

@@ -53,7 +53,7 @@ def bench(
     engines: Mapping[str, EngineFile] | None = None,
     progress: Progress = SILENT,
 ) -> BenchReport:
-    """Measure one UNet step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
+    """Measure one step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
 
     All models are loaded at once; on CUDA each step is a CUDA graph on resident buffers.
 

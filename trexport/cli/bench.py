@@ -49,7 +49,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure one UNet step in several backends, side by side in one run.
+    """Measure one step in several backends, side by side in one run.
 
     TARGET is an artifact of `trexport onnx` or `trexport engine`, which brings its base and adapters along, or a BASE with
     ADAPTERs for the backends that need no artifact. Several artifacts of one base, merged, factored or swappable, ONNX or

@@ -16,6 +16,7 @@ import torch
 from trexport.errors import ExportError
 from trexport.graph.passes.fold import fold
 from trexport.graph.passes.metadata import metadata
+from trexport.graph.passes.permutation import permutation
 from trexport.graph.passes.promote import promote
 from trexport.io_spec import ModelSpec
 from trexport.manifest import MODEL_NAME
@@ -70,7 +71,7 @@ def _floor_div(dividend: Any, divisor: Any) -> Any:
 
 def tidy(program: torch.onnx.ONNXProgram, spec: ModelSpec, parameters: Set[str], name: str) -> ir.Model:
     """The program's graph folded, without what the exporter writes beside it, its axes called as in `spec`."""
-    graph = promote(program.model)
+    graph = permutation(promote(program.model))
     fold(graph, set(parameters))
     metadata(graph)
     for value, tensor in zip([*graph.graph.inputs, *graph.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):

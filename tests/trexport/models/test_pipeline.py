@@ -40,7 +40,7 @@ def test_parts_and_parameters(pipelines: Path) -> None:
 
 
 def test_stable_diffusion_3(pipelines: Path) -> None:
-    """Its transformer reads CLIP's tokens and T5's, its CLIPs their own only, however many the transformer's are fixed at."""
+    """Its transformer reads CLIP's tokens and T5's; its CLIPs have their own only, wherever the transformer's are fixed."""
     sd3 = opened(pipelines / "sd3")
     assert list(sd3.components) == ["text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"]
     assert sd3.left_out == {}
