@@ -1,4 +1,4 @@
-"""`trexport merge`: adapters folded into a dense UNet, streamed weight by weight."""
+"""`trexport merge`: adapters folded into a dense model, streamed weight by weight."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from trexport.cores import single_threaded_torch
 from trexport.disk import check_disk
 from trexport.errors import TrexportError, UsageError
 from trexport.hashing import hash_of_bytes, hash_of_tensors, sha256_of_file
-from trexport.io_spec import Dtype, unet_spec
+from trexport.io_spec import Dtype
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
-from trexport.models.base import INDEX_NAME, UNET_CLASS, Base
-from trexport.models.unet import layers_of
+from trexport.models.base import Base
+from trexport.models.model import layers_of
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
 from trexport.models.writer import SafetensorsWriter, bytes_of
 from trexport.progress import SILENT, Progress
@@ -67,7 +67,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> MergeReport:
-    """Write a UNet folder that `UNet2DConditionModel.from_pretrained` loads, with the adapters in its weights.
+    """Write a model's folder that its class's `from_pretrained` loads, with the adapters in its weights.
 
     Every weight is computed in float32 and cast once. File names, shards, the order of the tensors and (unless `dtype`
     is given) their dtypes stay the base's; the same inputs give the same bytes.
@@ -115,16 +115,17 @@ def merge(
                         writer.copy(place, source.size_bytes)
                     task.advance(target.size_bytes)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
-        _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
+        _write_json(folder / "config.json", config)
         if base.index is not None:
             places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
-            _write_json(folder / INDEX_NAME, {"metadata": {"total_size": plan.size_bytes}, "weight_map": places})
+            index = f"{base.architecture.stem}.safetensors.index.json"
+            _write_json(folder / index, {"metadata": {"total_size": plan.size_bytes}, "weight_map": places})
         others = [path for path in sorted(folder.iterdir()) if path.suffix == ".json"]
         Manifest(
-            kind="unet",
+            kind="dense",
             form="merged",
             dtype=chosen,
-            io=unet_spec(base.config, chosen),
+            io=base.architecture.spec(chosen),
             base=BaseRecord(base.name, source_hashes.total()),
             adapters=tuple(adapter.record() for adapter in adapters),
             files={path.name: sha256_of_file(path) for path in others},

@@ -37,9 +37,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Fold adapters into the weights of a UNet: a folder that `UNet2DConditionModel.from_pretrained` loads.
+    """Fold adapters into the weights of a model: a folder that its class's `from_pretrained` loads.
 
-    BASE is a diffusers pipeline or UNet folder, a Hub id, random:sd15, random:sdxl, random:tiny, or sample:digits.
+    BASE is the folder of a diffusers pipeline or of one model (UNet, transformer of Stable Diffusion 3 or Flux, ControlNet,
+    CLIP text encoder), a Hub id, random:sd15, random:sdxl, random:sd3-tiny, …, or sample:digits.
     ADAPTER is a checkpoint folder or file, sample:digits/NAME, or random:tlora:2:6; =STRENGTH stands in for the
     checkpoint's own strength.
 

@@ -21,7 +21,7 @@ from trlora.checkpoint import provenance
 METADATA = "lora_adapter_metadata"
 """Header metadata with PEFT's configs, by `<component>.<field>`."""
 
-_UNET = "unet."
+_MODEL = re.compile(r"(unet|transformer)\.")
 _TEXT = re.compile(r"(text_encoder(_\d)?)\.")
 _LEAVES = {
     ".lora_A.weight": "A",
@@ -41,13 +41,14 @@ _LEAVES = {
 
 @final
 class DiffusersFormat:
-    """Keys `unet.<module>.lora_A.weight`, `….lora.down.weight`, or `<module>.processor.to_q_lora.down.weight`."""
+    """Keys `unet.<module>.lora_A.weight`, of Stable Diffusion 3 and Flux `transformer.<module>…`, `….lora.down.weight`, or
+    `<module>.processor.to_q_lora.down.weight`."""
 
     name = "diffusers"
 
     def recognises(self, content: Content) -> bool:
         return METADATA in content.metadata or any(
-            _leaf_of(key) is not None and (key.startswith(_UNET) or _TEXT.match(key) or "_lora." in key)
+            _leaf_of(key) is not None and (_MODEL.match(key) or _TEXT.match(key) or "_lora." in key)
             for key in content.tensors
         )
 
@@ -68,7 +69,7 @@ class DiffusersFormat:
             elif ending is None:
                 unknown.append(key)
             else:
-                path = key.removeprefix(_UNET).removesuffix(ending).replace(".processor.", ".")
+                path = _without_model(key).removesuffix(ending).replace(".processor.", ".")
                 path = f"{path}.0" if path.endswith("to_out") else path
                 by_layer.setdefault(path, {})[_LEAVES[ending]] = tensor
         if unknown:
@@ -76,7 +77,9 @@ class DiffusersFormat:
                 f"{len(unknown)} of {len(content.tensors)} keys are none of a LoRA of diffusers: {listed(unknown)}"
             )
         if not by_layer:
-            raise CheckpointError(f"nothing for the UNet inside{': ' if encoders else ''}{text_note(encoders)}")
+            raise CheckpointError(
+                f"nothing for the UNet or transformer inside{': ' if encoders else ''}{text_note(encoders)}"
+            )
         content.check_tensors()
         config = PeftConfig(_config_of(content.metadata))
         problems: list[str] = []
@@ -117,12 +120,17 @@ def _leaf_of(key: str) -> str | None:
     return next((ending for ending in sorted(_LEAVES, key=len, reverse=True) if key.endswith(ending)), None)
 
 
+def _without_model(key: str) -> str:
+    found = _MODEL.match(key)
+    return key if found is None else key[found.end() :]
+
+
 def _config_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's config of the UNet, empty where the file has none."""
+    """PEFT's config of the model that denoises, empty where the file has none."""
     if METADATA not in metadata:
         return {}
     try:
         fields = json.loads(metadata[METADATA])
-        return {key.removeprefix(_UNET): value for key, value in fields.items() if key.startswith(_UNET)}
+        return {_without_model(key): value for key, value in fields.items() if _MODEL.match(key)}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"header metadata {METADATA}: no JSON object ({error})") from error

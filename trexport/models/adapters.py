@@ -17,7 +17,8 @@ from trexport.errors import AdapterWarning, TrexportError, UsageError
 from trexport.formats import looks_like, read_adapter, widths_of
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
-from trexport.models.base import sample_folder
+from trexport.models.architectures.unet import UNet
+from trexport.models.base import Base, sample_folder
 from trlora import Adapter, AdapterConfig, AdapterSpec, CheckpointError, LayerAdapter, LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
@@ -90,9 +91,13 @@ def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
     except CheckpointError as error:
         wanted = looks_like(widths_of(adapter.layers))
         found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})
-        if wanted is None or wanted == found:
-            raise
         there = "" if found is None else f", {base.name} like {found}"
+        if isinstance(base, Base) and base.architecture.noun != UNet.noun:
+            there = f", {base.name} is a {base.architecture.noun}"
+        elif wanted == found:
+            raise
+        if wanted is None:
+            raise
         raise CheckpointError(f"{error}\nthe adapter looks like one for {wanted}{there}") from error
 
 
