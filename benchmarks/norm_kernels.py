@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, final
+from typing import Any, cast, final
 from unittest import mock
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from trexport.backends import Device, Step
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
-from trexport.io_spec import Dtype, default_sizes, unet_spec
+from trexport.io_spec import Dtype
+from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import Base
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
-from trexport.models.unet import DTYPES, call_unet, empty_unet, random_feeds
+from trexport.models.model import DTYPES, empty_model, first_output, random_feeds
 
 REPEATS = 20
 # slices, rows of a tile, rows of a tile of the second kernel, warps
@@ -45,14 +46,14 @@ class _Step(nn.Module):
         self.model = model
 
     def forward(self, **feeds: Tensor) -> Tensor:
-        return call_unet(self.model, feeds)
+        return first_output(self.model, feeds)
 
 
 def norms_of(base: Base) -> Counter[Shape]:
     """All group normalisations of one step, joined with what stands before them → how many there are; from shapes alone."""
-    model = empty_unet(base.config)
-    fuse_(model, FuseOptions(kernels="triton"))
-    feeds = random_feeds(unet_spec(base.config, "fp32"), default_sizes(base.config))
+    model = empty_model(base.architecture)
+    fuse_(cast(Any, model), FuseOptions(kernels="triton"))
+    feeds = random_feeds(spec_of(base.config, "fp32"), default_sizes(base.config))
     with torch.no_grad():
         program = torch.export.export(_Step(model), (), {name: tensor.to("meta") for name, tensor in feeds.items()})
     join_norms_(program)

@@ -30,12 +30,13 @@ from benchmarks.record import keep
 from trexport.backends import Device, Step
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
-from trexport.io_spec import Dtype, default_sizes, unet_spec
+from trexport.io_spec import Dtype
+from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.join_linear import join_linears_
-from trexport.models.unet import DTYPES, call_unet, load_unet, random_feeds
+from trexport.models.model import DTYPES, first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 
 ITERATIONS = 60
@@ -124,8 +125,8 @@ def run(source: str, device: Device, dtype: Dtype, names: list[str]) -> dict[str
     """All variants in one run, their steps interleaved."""
     base = open_base(source)
     sizes = default_sizes(base.config)
-    given = random_feeds(unet_spec(base.config, dtype), sizes)
-    model = cast(nn.Module, load_unet(base))
+    given = random_feeds(spec_of(base.config, dtype), sizes)
+    model = load_model(base)
     reference = reference_of(model, given, device)
     feeds = {name: tensor.to(device) for name, tensor in given.items()}
     model.to(DTYPES[dtype])
@@ -161,7 +162,7 @@ def reference_of(model: nn.Module, feeds: Mapping[str, Tensor], device: Device) 
     try:
         model.to(device)
         with torch.inference_mode():
-            return call_unet(model, {name: t.float().to(device) for name, t in feeds.items()}).cpu()
+            return first_output(model, {name: t.float().to(device) for name, t in feeds.items()}).cpu()
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
 
@@ -183,7 +184,7 @@ class _Step(nn.Module):
         self.model = model
 
     def forward(self, **feeds: Tensor) -> Tensor:
-        return call_unet(self.model, feeds)
+        return first_output(self.model, feeds)
 
 
 def prepared(

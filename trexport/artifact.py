@@ -35,7 +35,7 @@ class Artifact:
         Raises:
             ArtifactError: this artifact is no ONNX model.
         """
-        beside = self.manifest.components  # of a pipeline, the UNet is meant
+        beside = self.manifest.components  # of a pipeline, what denoises is meant
         models = [n for n in self.manifest.files if Path(n).name == MODEL_NAME and Path(n).parent.name not in beside]
         if len(models) != 1:
             raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
@@ -60,7 +60,7 @@ class Artifact:
 
     @property
     def model_folder(self) -> Path:
-        """Where the UNet's model lies, and what belongs to it."""
+        """Where the model lies, and what belongs to it."""
         if self.manifest.kind == "engine":
             return (self.folder / self.engine_record.file).parent
         return self.onnx_path.parent

@@ -106,7 +106,9 @@ def convert(
         pairs[model], done = pairs_of(model, part, chosen, base, rank, dtype)
         layers += done
     if not layers:
-        raise UsageError(f"nothing for the UNet inside, and --to {to} has no place for what is: {', '.join(notes)}")
+        raise UsageError(
+            f"nothing for the UNet or transformer inside, and --to {to} has no place for what is: {', '.join(notes)}"
+        )
     found = Conversion(adapter.format, to, tuple(layers), notes)
     if max_error is not None and found.relative_error > max_error:
         worst = max(layers, key=lambda layer: layer.relative_error)

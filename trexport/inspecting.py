@@ -19,6 +19,7 @@ from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
+from trexport.models.architectures import FOLDERS, class_of
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
 from trexport.restoring import is_adapter_file, restored_adapter
@@ -43,7 +44,7 @@ class Inspection:
 
 
 def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
-    """Recognise and describe an adapter, a UNet or pipeline, an ONNX model, or an artifact of trexport.
+    """Recognise and describe an adapter, a base model or pipeline, an ONNX model, or an artifact of trexport.
 
     Args:
         name: a path, or a `sample:` or `random:` name.
@@ -80,7 +81,7 @@ def _folder(name: str, path: Path, progress: Progress) -> Inspection:
     alone = len(list(path.glob("*.safetensors"))) == 1 and not (path / "config.json").is_file()
     if (path / CONFIG_NAME).is_file() or (path / WEIGHTS_NAME).is_file() or (alone and is_adapter(path)):
         return _adapter(name, path)
-    for model in (path / "unet" / "model.onnx", path / "model.onnx"):
+    for model in (*(path / folder / "model.onnx" for folder in FOLDERS), path / "model.onnx"):
         if model.is_file():
             return _onnx(name, model)
     return _unet(name, progress)
@@ -137,7 +138,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
     entries = [entry for file in base.weights for entry in file.entries]
     dtypes = Counter(entry.dtype for entry in entries)
     facts = {
-        "class": base.config.get("_class_name"),
+        "class": class_of(base.config),
         "parameters": sum(entry.size_bytes // _item(entry.dtype) for entry in entries),
         "size_bytes": base.size_bytes,
         "dtypes": dict(dtypes),
@@ -149,7 +150,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
         "content_hash": base.content_hash(progress),
     }
     rows = [(entry.name, entry.dtype, "×".join(map(str, entry.shape)), entry.size_bytes) for entry in entries]
-    return Inspection(name, "unet", facts, ("tensor", "dtype", "shape", "bytes"), rows)
+    return Inspection(name, base.architecture.noun, facts, ("tensor", "dtype", "shape", "bytes"), rows)
 
 
 def _item(dtype: str) -> int:
@@ -163,7 +164,7 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     facts = artifact.manifest.to_dict()
     if artifact.manifest.kind == "engine":
         return _engine(name, artifact)
-    kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
+    kind = {"dense": f"merged {facts['io']['model']} of trexport", "onnx": "ONNX artifact of trexport"}[facts["kind"]]
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
     del facts["kind"], facts["io"], facts["factored"], facts["swappable"]

@@ -51,7 +51,7 @@ class AdapterRecord:
 @final
 @dataclass(frozen=True)
 class ComponentRecord:
-    """One model of a pipeline beside its UNet, in an artifact's folder of its name."""
+    """One model of a pipeline beside the one that denoises, in an artifact's folder of its name."""
 
     class_name: str
     """Of the model that it comes from."""
@@ -106,7 +106,8 @@ class EncoderRecord:
 class Manifest:
     """See the module."""
 
-    kind: Literal["unet", "onnx", "engine"]
+    kind: Literal["dense", "onnx", "engine"]
+    """A folder of weights for PyTorch, an ONNX model, or a compiled engine."""
     form: Literal["base", "merged", "factored", "swappable"]
     dtype: Dtype
     io: ModelSpec
@@ -115,7 +116,7 @@ class Manifest:
     files: Mapping[str, str]
     """File inside the artifact → SHA-256."""
     weights_hash: str | None = None
-    """Of a UNet's merged weights, as `BaseRecord.content_hash`."""
+    """Of a dense model's merged weights, as `BaseRecord.content_hash`."""
     opset: int | None = None
     opset_reason: str | None = None
     target_gpu: str | None = None
@@ -160,7 +161,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         return cls(
-            kind=fields["kind"],
+            kind="dense" if fields["kind"] == "unet" else fields["kind"],  # when there were UNets only
             form=fields["form"],
             dtype=fields["dtype"],
             io=ModelSpec.from_dict(fields["io"]),

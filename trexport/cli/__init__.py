@@ -21,10 +21,10 @@ from trexport.errors import AdapterWarning, TrexportError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("trexport.cli.demo", "The whole line on the shipped sample: merge, export, prove, measure, draw."),
     "inspect": ("trexport.cli.inspect", "Say what a file or folder is."),
-    "merge": ("trexport.cli.merge", "Fold adapters into a dense UNet."),
+    "merge": ("trexport.cli.merge", "Fold adapters into a dense model."),
     "onnx": (
         "trexport.cli.onnx",
-        "Export a UNet or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
+        "Export a model or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
     ),
     "convert": ("trexport.cli.convert", "Write an adapter in another form."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),

@@ -49,7 +49,7 @@ def command(
     from trexport.cli.console import print_json, print_table
     from trexport.convert import convert, summary
     from trexport.models.base import open_base
-    from trexport.models.unet import DTYPES
+    from trexport.models.model import DTYPES
 
     found = convert(
         adapter,

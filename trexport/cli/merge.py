@@ -39,9 +39,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Fold adapters into the weights of a UNet: a folder that `UNet2DConditionModel.from_pretrained` loads.
+    """Fold adapters into the weights of a model: a folder that its class's `from_pretrained` loads.
 
-    BASE is a diffusers pipeline or UNet folder, a Hub id, random:sd15, random:sdxl, random:tiny, or sample:digits.
+    BASE is the folder of a diffusers pipeline or of one model (UNet, transformer of Stable Diffusion 3 or Flux, ControlNet,
+    CLIP text encoder), a Hub id, random:sd15, random:sdxl, random:sd3-tiny, …, or sample:digits.
     ADAPTER is a checkpoint folder or file, sample:digits/NAME, or random:tlora:2:6; =STRENGTH stands in for the
     checkpoint's own strength.
 
@@ -55,8 +56,8 @@ def command(
     from trexport.merging import PipelineMerge, merge, merge_pipeline, plan_merge, plan_pipeline_merge
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.models.model import offsets_of
     from trexport.models.pipeline import open_pipeline, text_encoders_of
-    from trexport.models.unet import offsets_of
 
     opened = open_base(base, revision=revision, variant=variant)
     bound = open_adapters(adapters, opened, lambda: None if unet_only else text_encoders_of(opened))

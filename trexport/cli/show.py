@@ -132,7 +132,7 @@ def show_bench(report: BenchReport) -> None:
     columns = ["", "median ms", "p10", "p90", "n", "ratio", "roofline", "peak memory", "load s", "relative L2"]
     where = report.environment.get("gpu", report.environment["cpu"])
     sizes = ", ".join(f"{axis} {size}" for axis, size in report.sizes.items())
-    print_table(f"{report.model}, one UNet step, {report.dtype}, {sizes}; {where}", columns, rows)
+    print_table(f"{report.model}, one step, {report.dtype}, {sizes}; {where}", columns, rows)
     click.echo(
         f"work: {report.work.flops / 1e9:.4g} GFLOP, {gigabytes(report.work.size_bytes)}; this device was seen to do "
         f"{report.ceiling.flops_per_second / 1e12:.3g} TFLOP/s and {report.ceiling.bytes_per_second / 1e9:.4g} GB/s: "

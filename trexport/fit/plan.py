@@ -16,7 +16,7 @@ from trexport.errors import TrexportError
 from trexport.formats import looks_like
 from trexport.hashing import hash_of_bytes
 from trexport.models.base import Base, open_base
-from trexport.models.unet import empty_unet
+from trexport.models.model import empty_model
 from trexport.models.weights import SafetensorsFile, WeightFile
 from trexport.models.writer import bytes_of
 from trexport.progress import SILENT, Progress
@@ -95,7 +95,7 @@ def plan_fit(base: Base, tuned: Base, targets: Sequence[str], *, progress: Progr
             changed.
     """
     pattern = "|".join(f"(?:{PRESETS.get(target, target)})" for target in targets)
-    paths = list(find_targets(empty_unet(base.config), pattern))
+    paths = list(find_targets(empty_model(base.architecture), pattern))
     before, after = _files(base), _files(tuned)
     _check_same_architecture(base, tuned, paths)
     shapes, others = base.shapes(), tuned.shapes()

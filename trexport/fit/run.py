@@ -19,7 +19,6 @@ from trexport.errors import TrexportError
 from trexport.fit.goal import FitGoal, FitReport, FittedLayer, check_budget
 from trexport.fit.plan import FitPlan, TargetLayer
 from trexport.fit.store import Store, StoredFit
-from trexport.models.base import UNET_CLASS
 from trexport.progress import SILENT, Progress
 from trlora import Adapter, BaseModel, save_adapter
 from trlora.errors import TrloraError
@@ -62,7 +61,7 @@ def fit(
         curves = [store.read(layer.path) for layer in plan.layers]
         chosen = _choose(plan, goal, curves, store)
         parts = {layer.path: fit.parts for layer, fit in zip(plan.layers, chosen, strict=True) if fit is not None}
-        adapter = Adapter.of(parts, base_model=BaseModel(plan.base.name, UNET_CLASS))
+        adapter = Adapter.of(parts, base_model=BaseModel(plan.base.name, plan.base.architecture.class_name))
         save_adapter(adapter, out, overwrite=overwrite)
         store.remove()
     return _report(plan, curves, chosen)

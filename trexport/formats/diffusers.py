@@ -21,7 +21,7 @@ from trlora.checkpoint import provenance
 METADATA = "lora_adapter_metadata"
 """Header metadata with PEFT's configs, by `<component>.<field>`."""
 
-_UNET = "unet."
+_MODEL = re.compile(r"(unet|transformer)\.")
 _TEXT = re.compile(r"(text_encoder(_\d)?)\.")
 _LEAVES = {
     ".lora_A.weight": "A",
@@ -41,13 +41,14 @@ _LEAVES = {
 
 @final
 class DiffusersFormat:
-    """Keys `unet.<module>.lora_A.weight`, `….lora.down.weight`, or `<module>.processor.to_q_lora.down.weight`."""
+    """Keys `unet.<module>.lora_A.weight`, of Stable Diffusion 3 and Flux `transformer.<module>…`, `….lora.down.weight`, or
+    `<module>.processor.to_q_lora.down.weight`."""
 
     name = "diffusers"
 
     def recognises(self, content: Content) -> bool:
         return METADATA in content.metadata or any(
-            _leaf_of(key) is not None and (key.startswith(_UNET) or _TEXT.match(key) or "_lora." in key)
+            _leaf_of(key) is not None and (_MODEL.match(key) or _TEXT.match(key) or "_lora." in key)
             for key in content.tensors
         )
 
@@ -65,7 +66,7 @@ class DiffusersFormat:
             if ending is None:
                 unknown.append(key)
                 continue
-            path = key.removeprefix(_UNET if text is None else text[0]).removesuffix(ending)
+            path = (_without_model(key) if text is None else key[text.end() :]).removesuffix(ending)
             if text is not None:
                 path = projection_name(path)
             else:
@@ -86,7 +87,7 @@ class DiffusersFormat:
 
 def _adapter(model: str, by_layer: Mapping[str, Mapping[str, Tensor]], content: Content) -> Adapter:
     """What is for one model: a component, or the UNet, whose name is empty."""
-    config = PeftConfig(_config_of(content.metadata, f"{model}." if model else _UNET))
+    config = PeftConfig(_config_of(content.metadata, model))
     problems: list[str] = []
     layers: dict[str, LayerParts] = {}
     for path, tensors in by_layer.items():
@@ -124,12 +125,19 @@ def _leaf_of(key: str) -> str | None:
     return next((ending for ending in sorted(_LEAVES, key=len, reverse=True) if key.endswith(ending)), None)
 
 
-def _config_of(metadata: Mapping[str, str], prefix: str) -> dict[str, Any]:
-    """PEFT's config of a model, empty where the file has none."""
+def _without_model(key: str) -> str:
+    found = _MODEL.match(key)
+    return key if found is None else key[found.end() :]
+
+
+def _config_of(metadata: Mapping[str, str], model: str) -> dict[str, Any]:
+    """PEFT's config of a component, or of the model that denoises, whose name is empty; empty where the file has none."""
     if METADATA not in metadata:
         return {}
     try:
         fields = json.loads(metadata[METADATA])
-        return {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+        if not model:
+            return {_without_model(key): value for key, value in fields.items() if _MODEL.match(key)}
+        return {key.removeprefix(f"{model}."): value for key, value in fields.items() if key.startswith(f"{model}.")}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"header metadata {METADATA}: no JSON object ({error})") from error

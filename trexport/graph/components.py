@@ -19,9 +19,9 @@ from trexport.io_spec import BYTES_OF, Dtype, ModelSpec
 from trexport.manifest import MODEL_NAME, ComponentRecord
 from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.component import LoadedComponent, component_feeds, component_spec, load_component, scale_of
+from trexport.models.model import DTYPES
 from trexport.models.pipeline import INDEX_FILE, Component, Pipeline
 from trexport.models.precision import Verdict, fails_in_half
-from trexport.models.unet import DTYPES
 from trexport.progress import SILENT, Progress
 
 _TRACED = {

@@ -13,7 +13,7 @@ from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
 from trexport.graph.ops.slots import Slot, banked, joined_slot, slots_for
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import offsets_of, rows_of_layers
+from trexport.models.model import offsets_of, rows_of_layers
 
 
 @final

@@ -1,4 +1,4 @@
-"""`trexport merge`: adapters folded into the weights of a UNet, or of a whole pipeline."""
+"""`trexport merge`: adapters folded into the weights of a model, or of a whole pipeline."""
 
 from trexport.merging.model import MergePlan as MergePlan
 from trexport.merging.model import merge as merge

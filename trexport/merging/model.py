@@ -10,12 +10,12 @@ from typing import final
 from trexport.disk import check_disk
 from trexport.errors import UsageError
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import Dtype, unet_spec
+from trexport.io_spec import Dtype
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.merging.weights import Written, target_entries, write_json, write_weights
 from trexport.models.adapters import BoundAdapter
-from trexport.models.base import INDEX_NAME, UNET_CLASS, Base
-from trexport.models.unet import layers_of, offsets_of
+from trexport.models.base import Base
+from trexport.models.model import layers_of, offsets_of
 from trexport.progress import SILENT, Progress
 from trlora import MergeReport
 from trlora.files import atomic_folder, check_free
@@ -54,7 +54,7 @@ def merge(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> MergeReport:
-    """Write a UNet folder that `UNet2DConditionModel.from_pretrained` loads, with the adapters in its weights.
+    """Write a model's folder that its class's `from_pretrained` loads, with the adapters in its weights.
 
     Every weight is computed in float32 and cast once. File names, shards, the order of the tensors and (unless `dtype`
     is given) their dtypes stay the base's; the same inputs give the same bytes.
@@ -67,31 +67,31 @@ def merge(
     """
     plan_merge(base, adapters, out, dtype, overwrite=overwrite)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        written = write_unet(base, adapters, folder, dtype, progress=progress)
+        written = write_model(base, adapters, folder, dtype, progress=progress)
         files = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.suffix == ".json"}
         merged_manifest(base, adapters, written, files).write(folder)
     return written.report
 
 
-def write_unet(
+def write_model(
     base: Base, adapters: Sequence[BoundAdapter], folder: Path, dtype: Dtype | None, *, progress: Progress = SILENT
 ) -> Written:
     """The weights of `write_weights`, and their config."""
-    written = write_weights(base, adapters, folder, INDEX_NAME, dtype, progress=progress)
+    written = write_weights(base, adapters, folder, dtype, progress=progress)
     config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
-    write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
+    write_json(folder / "config.json", config)
     return written
 
 
 def merged_manifest(
     base: Base, adapters: Sequence[BoundAdapter], written: Written, files: Mapping[str, str]
 ) -> Manifest:
-    """The manifest of a merged UNet."""
+    """The manifest of a merged model."""
     return Manifest(
-        kind="unet",
+        kind="dense",
         form="merged",
         dtype=written.dtype,
-        io=unet_spec(base.config, written.dtype),
+        io=base.architecture.spec(written.dtype),
         base=BaseRecord(base.name, written.source_hash),
         adapters=tuple(adapter.record() for adapter in adapters),
         files=files,

@@ -1,4 +1,4 @@
-"""`trexport merge` of a whole pipeline: adapters folded into its UNet and its text encoders, the rest taken over."""
+"""`trexport merge` of a whole pipeline: adapters folded into what denoises and its text encoders, the rest taken over."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from trexport.disk import check_disk
 from trexport.hashing import sha256_of_file
 from trexport.io_spec import Dtype
 from trexport.manifest import EncoderRecord
-from trexport.merging.model import merged_manifest, plan_merge, write_unet
+from trexport.merging.model import merged_manifest, plan_merge, write_model
 from trexport.merging.weights import write_json, write_weights
 from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.base import Base
-from trexport.models.pipeline import INDEX_FILE, TEXT_INDEX_NAME, Pipeline
-from trexport.models.unet import layers_of
+from trexport.models.model import layers_of
+from trexport.models.pipeline import INDEX_FILE, Pipeline
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES
 from trexport.progress import SILENT, Progress
 from trlora import MergeReport
 from trlora.files import atomic_folder
 
-UNET_FOLDER = "unet"
 _TAKEN = (".json", ".txt", ".safetensors", ".model")
 """Endings of files that a component is made of; pickles are none."""
 
@@ -66,14 +65,14 @@ def plan_pipeline_merge(
     """What `merge_pipeline` would do, nothing written. Raises what it would raise before it writes."""
     unet = plan_merge(base, adapters, out, dtype, overwrite=overwrite)
     encoders = pipeline.text_encoders
-    copied = [file for name in _parts(pipeline)[0] if name not in encoders for file in _files(pipeline, name)]
+    copied = [file for name in _parts(base, pipeline)[0] if name not in encoders for file in _files(pipeline, name)]
     size = unet.size_bytes + sum(file.stat().st_size for file in copied)
     size += sum(source.size_bytes for source in encoders.values())
     check_disk(out, size)
     adapted = {name: len(layers_of(on_component(adapters, name))) for name in encoders}
     tensors = unet.tensors + sum(len(source.shapes()) for source in encoders.values())
-    adapted = {UNET_FOLDER: unet.adapted, **{name: count for name, count in adapted.items() if count}}
-    return PipelinePlan(out, tensors, adapted, size, _parts(pipeline)[1])
+    adapted = {base.architecture.folder: unet.adapted, **{name: count for name, count in adapted.items() if count}}
+    return PipelinePlan(out, tensors, adapted, size, _parts(base, pipeline)[1])
 
 
 def merge_pipeline(
@@ -87,7 +86,7 @@ def merge_pipeline(
     progress: Progress = SILENT,
 ) -> PipelineMerge:
     """Write a pipeline's folder that `DiffusionPipeline.from_pretrained` loads, with the adapters in the weights of its UNet
-    and of its text encoders. See `trexport.merging.model.merge` for how they are computed.
+    or transformer and of its text encoders. See `trexport.merging.model.merge` for how they are computed.
 
     Args:
         pipeline: the base's, see `open_pipeline`.
@@ -101,9 +100,10 @@ def merge_pipeline(
     reports: dict[str, MergeReport] = {}
     encoders: dict[str, EncoderRecord] = {}
     with atomic_folder(out, overwrite=overwrite) as folder:
-        (folder / UNET_FOLDER).mkdir()
-        unet = write_unet(base, adapters, folder / UNET_FOLDER, dtype, progress=progress)
-        for name in _parts(pipeline)[0]:
+        inner = base.architecture.folder
+        (folder / inner).mkdir()
+        unet = write_model(base, adapters, folder / inner, dtype, progress=progress)
+        for name in _parts(base, pipeline)[0]:
             source = pipeline.text_encoders.get(name)
             (folder / name).mkdir()
             own = {file.name for file in source.weights} if source is not None else set()
@@ -114,7 +114,7 @@ def merge_pipeline(
             if source is None:
                 continue
             on_it = on_component(adapters, name)
-            written = write_weights(source, on_it, folder / name, TEXT_INDEX_NAME, dtype, progress=progress)
+            written = write_weights(source, on_it, folder / name, dtype, progress=progress)
             if dtype is not None:
                 _say_dtype(folder / name / "config.json", dtype)
             if on_it:
@@ -125,7 +125,7 @@ def merge_pipeline(
         _write_index(pipeline, folder, plan.left_out)
         weights = {
             f"{name}/{source.plain_name(file.name)}"
-            for name, source in {UNET_FOLDER: base, **{n: pipeline.text_encoders[n] for n in encoders}}.items()
+            for name, source in {inner: base, **{n: pipeline.text_encoders[n] for n in encoders}}.items()
             for file in source.weights
         }
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -135,11 +135,11 @@ def merge_pipeline(
     return PipelineMerge(unet.report, reports, plan.left_out)
 
 
-def _parts(pipeline: Pipeline) -> tuple[list[str], dict[str, str]]:
-    """The components of a pipeline beside the UNet that are in its folder, and name → class of those that are not."""
+def _parts(base: Base, pipeline: Pipeline) -> tuple[list[str], dict[str, str]]:
+    """The components of a pipeline beside what denoises that are in its folder, and name → class of those that are not."""
     index = json.loads((pipeline.folder / INDEX_FILE).read_bytes())
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
-    parts.pop(UNET_FOLDER, None)
+    parts.pop(base.architecture.folder, None)
     there = [name for name in parts if _is_there(pipeline.folder / name)]
     return there, {name: kind for name, kind in parts.items() if name not in there}
 

@@ -20,7 +20,7 @@ from trexport.hashing import hash_of_bytes, hash_of_tensors
 from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import layers_of, offsets_of, with_offsets
+from trexport.models.model import layers_of, offsets_of, with_offsets
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
 from trexport.models.writer import SafetensorsWriter, bytes_of
 from trexport.progress import SILENT, Progress
@@ -47,7 +47,6 @@ def write_weights(
     base: Base,
     adapters: Sequence[BoundAdapter],
     folder: Path,
-    index_name: str,
     dtype: Dtype | None = None,
     *,
     progress: Progress = SILENT,
@@ -97,7 +96,8 @@ def write_weights(
                     task.advance(target.size_bytes)
         if base.index is not None:
             places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
-            write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": places})
+            index = f"{base.architecture.stem}.safetensors.index.json"
+            write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": places})
         return Written(MergeReport(tuple(records)), chosen, source_hashes.total(), result_hashes.total())
 
 

@@ -17,7 +17,8 @@ from trexport.errors import AdapterWarning, TrexportError, UsageError
 from trexport.formats import left_out, looks_like, read_adapter, widths_of
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
-from trexport.models.base import sample_folder
+from trexport.models.architectures.unet import UNet
+from trexport.models.base import Base, sample_folder
 from trlora import Adapter, AdapterConfig, AdapterSpec, CheckpointError, LayerAdapter, LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
@@ -118,8 +119,8 @@ def _beside(
     if components is None:
         note = left_out(adapter.components)
         if not adapter.layers and not adapter.offsets:
-            raise CheckpointError(f"{name}: nothing for the UNet inside, {note}; give a whole pipeline as BASE")
-        warnings.warn(f"{name}: {note}: only the UNet is adapted here", AdapterWarning, stacklevel=3)
+            raise CheckpointError(f"{name}: nothing for the UNet or transformer inside, {note}; give a whole pipeline")
+        warnings.warn(f"{name}: {note}: only the UNet or transformer is adapted here", AdapterWarning, stacklevel=3)
         return {}
     bound: dict[str, BoundAdapter] = {}
     for component, part in adapter.components.items():
@@ -155,9 +156,13 @@ def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
     except CheckpointError as error:
         wanted = looks_like(widths_of(adapter.layers))
         found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})
-        if wanted is None or wanted == found:
-            raise
         there = "" if found is None else f", {base.name} like {found}"
+        if isinstance(base, Base) and base.architecture.noun != UNet.noun:
+            there = f", {base.name} is a {base.architecture.noun}"
+        elif wanted == found:
+            raise
+        if wanted is None:
+            raise
         raise CheckpointError(f"{error}\nthe adapter looks like one for {wanted}{there}") from error
 
 

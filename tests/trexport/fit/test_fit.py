@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tests.trexport.helpers import copy_of, leftovers, run_cli, weights_of, write_unet
+from tests.trexport.helpers import copy_of, leftovers, run_cli, weights_of, write_model
 from trexport.errors import TrexportError
 from trexport.fit import run
 from trexport.fit.goal import FitGoal, FitReport
@@ -40,7 +40,7 @@ TLORA = spec_of(transform={"type": "tensor_ring", "rank": 2}, residual={"type": 
 
 def edited(folder: Path, base: Base, change: Callable[[dict[str, Tensor]], object]) -> Path:
     """A UNet folder with some of the base's tensors changed."""
-    write_unet(folder, base)
+    write_model(folder, base)
     tensors = {name: tensor.clone() for name, tensor in weights_of(base).items()}  # those are a file's memory
     change(tensors)
     safetensors.torch.save_file(tensors, folder / WEIGHTS)

@@ -18,7 +18,7 @@ from trexport.errors import AdapterWarning
 from trexport.formats import read_adapter
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import load_unet, merge_into_
+from trexport.models.model import load_model, merge_into_
 from trlora import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -97,9 +97,9 @@ def test_the_merged_unet_is_that_of_diffusers(
     folder = tmp_path / "lora"
     folder.mkdir()
     safetensors.torch.save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata=metadata or None)
-    ours, theirs = load_unet(base), copy.deepcopy(load_unet(base))  # diffusers writes into a file's memory
+    ours, theirs = load_model(base), cast(Any, copy.deepcopy(load_model(base)))  # diffusers writes into a file's memory
     plain = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    merge_into_(cast(Any, ours), open_adapters([str(folder)], base))
+    merge_into_(ours, open_adapters([str(folder)], base))
     if written is older:
         tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
     state, alphas, *rest = StableDiffusionPipeline.lora_state_dict(  # type: ignore[misc]

@@ -81,7 +81,7 @@ def test_what_is_for_a_text_encoder_is_said(base: Base, tmp_path: Path, capsys: 
     assert run_cli(["inspect", file]) == 0
     assert "text_encoder" in capsys.readouterr().out
     safetensors.torch.save_file(text, file)
-    with pytest.raises(CheckpointError, match="nothing for the UNet inside, adapters of 1 layers"):
+    with pytest.raises(CheckpointError, match="nothing for the UNet or transformer inside, adapters of 1 layers"):
         open_adapters([str(file)], base)
 
 

@@ -23,7 +23,7 @@ from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, Base
-from trexport.models.unet import load_unet, random_feeds
+from trexport.models.model import load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.refit import refit_weights
 from trexport.session import Session
@@ -52,7 +52,7 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for name, (case, targets) in CHOSEN.items():
             given = CASES[case]
             fields = {"feedforward_modules": ["ff.net.2"]} if name == "ia3" else given.fields
-            wrapped = adapted_by_peft(load_unet(base), Case(given.config, fields, amount=0.05), targets)
+            wrapped = adapted_by_peft(load_model(base), Case(given.config, fields, amount=0.05), targets)
             folders[name] = save(wrapped, root / name)
     return folders
 
@@ -68,10 +68,10 @@ def test_merged_on_disk_it_is_what_peft_merges(
     given = [f"{adapters['ia3']}=0.5", str(adapters["lora"])]
     assert run_cli(["merge", unet_folder, *given, "-o", tmp_path / "out"]) == 0
     found = safetensors.torch.load_file(tmp_path / "out" / f"{WEIGHTS_STEM}.safetensors")
-    plain = load_unet(base).state_dict()
+    plain = load_model(base).state_dict()
     theirs = []
     for name in ("ia3", "lora"):
-        unet = copy.deepcopy(load_unet(base))  # PEFT merges in place, and the weights may be a file's memory
+        unet = copy.deepcopy(load_model(base))  # PEFT merges in place, and the weights may be a file's memory
         merged = PeftModel.from_pretrained(unet, str(adapters[name])).merge_and_unload()  # type: ignore[arg-type, operator]
         theirs.append(merged.state_dict())
     changed = set()

@@ -33,10 +33,9 @@ from trexport.formats import method_of, read_adapter
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import unet_spec
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
-from trexport.models.unet import call_unet, load_unet, merge_into_, random_feeds
+from trexport.models.model import first_output, load_model, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.reference import Reference
 from trexport.refit import refit_weights
@@ -138,7 +137,7 @@ UNET_LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.fixture
 def unet_file(base: Base, tmp_path: Path) -> tuple[Path, nn.Module]:
     """A file of LyCORIS' for a UNet, and the UNet that draws with it."""
-    unet = copy.deepcopy(load_unet(base))
+    unet = copy.deepcopy(load_model(base))
     tensors: dict[str, Tensor] = {}
     for path, (kind, fields) in UNET_LAYERS.items():
         module = trained(kind, fields, unet.get_submodule(path), 0.03).eval()
@@ -157,24 +156,24 @@ def test_a_file_of_all_kinds_through_the_line(
     told = json.loads(capsys.readouterr().out)
     assert len(told["layers"]) == 4
     assert len(told["offsets"]) == 7
-    feeds = random_feeds(unet_spec(base.config, "fp32"), SIZES)
+    feeds = random_feeds(base.architecture.spec("fp32"), SIZES)
     with torch.inference_mode():
-        expected, plain = call_unet(theirs, feeds), call_unet(load_unet(base), feeds)
+        expected, plain = first_output(theirs, feeds), first_output(load_model(base), feeds)
         assert relative_l2(plain, expected) > 1e-2
-        merged = load_unet(open_base(str(tmp_path / "merged")))
-        assert relative_l2(call_unet(merged, feeds), expected) < 1e-5
+        merged = load_model(open_base(str(tmp_path / "merged")))
+        assert relative_l2(first_output(merged, feeds), expected) < 1e-5
     reference = Reference(base, open_adapters([str(file)], base), "cpu")
-    assert relative_l2(reference.adapted(feeds), expected) < 1e-5
-    assert bits(reference.plain(feeds)) == bits(plain)
-    assert relative_l2(reference.adapted(feeds), expected) < 1e-5
+    assert relative_l2(reference.adapted(feeds)[0], expected) < 1e-5
+    assert bits(reference.plain(feeds)[0]) == bits(plain)
+    assert relative_l2(reference.adapted(feeds)[0], expected) < 1e-5
     # as our own checkpoint, and in what an export starts from
     assert run_cli(["convert", file, "-o", tmp_path / "ours"]) == 0
     again, first = load_adapter(tmp_path / "ours"), read_adapter(file)
     assert {k: bits(t) for k, t in again.tensors().items()} == {k: bits(t) for k, t in first.tensors().items()}
-    in_memory = load_unet(base)
+    in_memory = load_model(base)
     merge_into_(in_memory, open_adapters([str(tmp_path / "ours")], base))
     with torch.inference_mode():
-        assert relative_l2(call_unet(in_memory, feeds), expected) < 1e-5
+        assert relative_l2(first_output(in_memory, feeds), expected) < 1e-5
 
 
 def test_half_a_strength_is_half_of_every_offset(
@@ -185,7 +184,7 @@ def test_half_a_strength_is_half_of_every_offset(
         out = tmp_path / f"merged{strength}"
         assert run_cli(["merge", unet_folder, f"{file}={strength}", "-o", out]) == 0
         found, offsets = safetensors.torch.load_file(next(out.glob("*.safetensors"))), read_adapter(file).offsets
-        for name, tensor in load_unet(base).state_dict().items():
+        for name, tensor in load_model(base).state_dict().items():
             if name in offsets:
                 torch.testing.assert_close(found[name], tensor + strength * offsets[name], rtol=0, atol=1e-6)
             if strength == 0:

@@ -270,7 +270,7 @@ def test_what_is_left_out_is_said(
     assert run_cli(["onnx", base, sd_file, "-o", tmp_path / "x", "--factored", "--dry-run"]) == 0
     assert "layers of text_encoder are left out" in capsys.readouterr().err
     text = only_text(sd_file)
-    with pytest.raises(CheckpointError, match="nothing for the UNet inside, .* give a whole pipeline as BASE"):
+    with pytest.raises(CheckpointError, match="nothing for the UNet or transformer inside, .* whole pipeline"):
         open_adapters([str(text)], open_base(str(alone)))
     assert run_cli(["merge", base, text, "-o", tmp_path / "text"]) == 0
     capsys.readouterr()
@@ -322,7 +322,7 @@ def test_what_a_conversion_leaves_out(sd_file: Path, tmp_path: Path, capsys: pyt
     assert run_cli(["convert", sd_file, "-o", tmp_path / "peft", "--to", "peft"]) == 0
     assert "warning: adapters of 6 layers of text_encoder are left out" in capsys.readouterr().err
     assert run_cli(["convert", only_text(sd_file), "-o", tmp_path / "none", "--to", "peft"]) == 2
-    assert "nothing for the UNet inside" in capsys.readouterr().err
+    assert "nothing for the UNet or transformer inside" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -110,9 +110,9 @@ def _select(model: ir.Model, bank: int) -> list[ir.Value]:
     """The inputs `adapter_index`, which is a place in the stacks, and `adapter_strength`, made into places and effective
     strengths: at place 0 there is no adapter whatever its strength. A negative index becomes a place outside the stacks,
     never another adapter: ONNX Runtime refuses it on the CPU; on CUDA its kernels do not look."""
-    batch = next(value for value in model.graph.inputs if value.name == "sample").shape
-    assert batch is not None
-    axes = ir.Shape([batch[0]])
+    first = model.graph.inputs[0].shape
+    assert first is not None
+    axes = ir.Shape([first[0]])
     index = ir.val(ADAPTER_INDEX, dtype=ir.DataType.INT64, shape=axes)
     strength = ir.val(ADAPTER_STRENGTH, dtype=ir.DataType.FLOAT, shape=axes)
     model.graph.inputs.extend([index, strength])

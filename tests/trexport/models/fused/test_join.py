@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.trexport.models.fused.test_fused import CONFIGS, EXACT, SIZES, made
-from trexport.io_spec import unet_spec
+from trexport.models.architectures import spec_of
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.norm import GroupNormAct
-from trexport.models.unet import call_unet, random_feeds
+from trexport.models.model import first_output, random_feeds
 
 
 class Step(nn.Module):
@@ -26,16 +26,16 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, **feeds: Tensor) -> Tensor:
-        return call_unet(self.model, feeds)
+        return first_output(self.model, feeds)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-sdxl", "no-middle"])
 def test_a_joined_program_is_the_plain_unet(name: str) -> None:
     config: dict[str, Any] = CONFIGS[name]
     model = made(config)
-    feeds = {name: t.double() for name, t in random_feeds(unet_spec(config, "fp32"), SIZES).items()}
+    feeds = {name: t.double() for name, t in random_feeds(spec_of(config, "fp32"), SIZES).items()}
     with torch.no_grad():
-        wanted = call_unet(model, feeds)
+        wanted = first_output(model, feeds)
         fuse_(model, FuseOptions(kernels="triton"))
         program = torch.export.export(Step(model), (), feeds)
         found = join_norms_(program)

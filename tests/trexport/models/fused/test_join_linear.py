@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from tests.trexport.models.fused.test_fused import CONFIGS, EXACT, SIZES, made
 from tests.trexport.models.fused.test_join import Step
-from trexport.io_spec import unet_spec
+from trexport.models.architectures import spec_of
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.join_linear import join_linears_
-from trexport.models.unet import call_unet, random_feeds
+from trexport.models.model import first_output, random_feeds
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-sdxl"])
 def test_a_joined_program_is_the_plain_unet(name: str) -> None:
     model = made(CONFIGS[name])
-    feeds = {name: t.double() for name, t in random_feeds(unet_spec(CONFIGS[name], "fp32"), SIZES).items()}
+    feeds = {name: t.double() for name, t in random_feeds(spec_of(CONFIGS[name], "fp32"), SIZES).items()}
     with torch.no_grad():
-        wanted = call_unet(model, feeds)
+        wanted = first_output(model, feeds)
         fuse_(model, FuseOptions(kernels="triton"))
         blocks = sum(name.endswith(".ff") for name, _ in model.named_modules())
         program = torch.export.export(Step(model), (), feeds)
@@ -35,7 +35,7 @@ def test_a_joined_program_is_the_plain_unet(name: str) -> None:
 
 def test_it_is_left_where_it_does_not_pay() -> None:
     model = made(CONFIGS["tiny"])
-    feeds = random_feeds(unet_spec(CONFIGS["tiny"], "fp32"), SIZES)
+    feeds = random_feeds(spec_of(CONFIGS["tiny"], "fp32"), SIZES)
     asked: list[tuple[int, int, int]] = []
     with torch.no_grad():
         program = torch.export.export(Step(model.float()), (), feeds)

@@ -1,24 +1,21 @@
-"""The UNet as a diffusers model, built from a `Base`."""
+"""The model in memory, built from a `Base`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trexport.errors import BaseError, UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, TensorDtype, unet_spec
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec, TensorDtype, parts_of
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import ARCHITECTURES, Architecture, architecture_of_model
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
 from trlora import LayerMerge, adapted_bias, attach_, merge_layer
 from trlora.errors import nearest
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 DTYPES: dict[TensorDtype, torch.dtype] = {
     "fp32": torch.float32,
@@ -28,36 +25,33 @@ DTYPES: dict[TensorDtype, torch.dtype] = {
 }
 
 
-def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """A `UNet2DConditionModel` on the meta device: shapes, no memory.
+def empty_model(architecture: Architecture) -> nn.Module:
+    """A model on the meta device: shapes, no memory.
 
     Raises:
-        BaseError: diffusers cannot build the config.
+        BaseError: its class cannot be built from its config.
     """
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers import UNet2DConditionModel
-
-    try:
-        with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(dict(config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise BaseError(f"diffusers cannot build a UNet from this config: {error}") from error
-    assert isinstance(model, UNet2DConditionModel)
+    with torch.device("meta"):
+        model = architecture.build()
     return model.eval().requires_grad_(False)
 
 
-def load_unet(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT) -> UNet2DConditionModel:
+def load_model(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT) -> nn.Module:
     """The base model, on the CPU. Weights already in `dtype` stay memory-mapped.
 
     Raises:
         BaseError: a parameter is missing, unknown, or of another shape than the config asks for.
     """
-    model = empty_unet(base.config)
+    model = empty_model(base.architecture)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = base.shapes()
+    left_out = base.architecture.not_loaded
+    found = {name: shape for name, shape in base.shapes().items() if name.rpartition(".")[2] not in left_out}
     for name, shape in found.items():
         if name not in expected:
-            raise BaseError(f"{base.name}: {name} is no parameter of its config's UNet{nearest(name, expected)}")
+            raise BaseError(
+                f"{base.name}: {name} is no parameter of its config's {base.architecture.class_name}"
+                f"{nearest(name, expected)}"
+            )
         if shape != expected[name]:
             raise BaseError(f"{base.name}: {name} has shape {shape}, its config asks for {expected[name]}")
     missing = [name for name in expected if name not in found]
@@ -66,15 +60,28 @@ def load_unet(base: Base, dtype: Dtype = "fp32", *, progress: Progress = SILENT)
     with progress.task("load", len(expected)) as task:
         state: dict[str, Tensor] = {}
         for file in base.weights:
-            for entry in file.entries:
+            for entry in [entry for entry in file.entries if entry.name in found]:
                 state[entry.name] = file.tensor(entry.name).to(DTYPES[dtype])
                 task.advance(1)
         model.load_state_dict(state, assign=True)
+    _fill_buffers_(model, base.architecture)
     return model.requires_grad_(False)
 
 
+def _fill_buffers_(model: nn.Module, architecture: Architecture) -> None:
+    """Give a model the constants that no file holds."""
+    lacking = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if not lacking:
+        return
+    with torch.random.fork_rng(devices=[]):
+        whole = dict(architecture.build().named_buffers())
+    for name in lacking:
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_buffer(leaf, whole[name], persistent=False)
+
+
 def merge_into_(model: nn.Module, adapters: Sequence[BoundAdapter], *, progress: Progress = SILENT) -> list[LayerMerge]:
-    """Fold adapters into the weights of a model that `load_unet` made; computed in float32, cast once."""
+    """Fold adapters into the weights of a model that `load_model` made; computed in float32, cast once."""
     records: list[LayerMerge] = []
     layers = layers_of(adapters)
     with progress.task("merge", len(layers)) as task:
@@ -150,9 +157,9 @@ def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -
     Computed from shapes alone.
 
     Args:
-        sizes: of all axes of `trexport.io_spec.FREE_AXES`.
+        sizes: of all axes.
     """
-    model = empty_unet(base.config)
+    model = empty_model(base.architecture)
     rows: dict[str, int] = {}
 
     def record(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -163,25 +170,22 @@ def rows_of_layers(base: Base, sizes: Mapping[str, int], paths: Sequence[str]) -
 
     for path in paths:
         model.get_submodule(path).register_forward_hook(record(path))
-    spec = unet_spec(base.config, "fp32")
-    feeds = {tensor.name: torch.empty(tensor.shape(sizes), device="meta") for tensor in spec.inputs}
+    feeds = random_feeds(base.architecture.spec("fp32"), sizes)
     with torch.no_grad():
-        call_unet(model, feeds)
+        outputs_of(model, {name: tensor.to("meta") for name, tensor in feeds.items()})
     return rows
 
 
-def call_unet(model: nn.Module, feeds: Mapping[str, Tensor]) -> Tensor:
-    """One step: feeds by the names of `trexport.io_spec.unet_spec` → `out_sample`."""
-    args, kwargs = call_arguments(feeds)
-    return model(*args, **kwargs)[0]
+def first_output(model: nn.Module, feeds: Mapping[str, Tensor]) -> Tensor:
+    """One step: feeds by the names of the architecture's spec → its first output, of what denoises the only one."""
+    return outputs_of(model, feeds)[0]
 
 
-def call_arguments(feeds: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """The arguments with which diffusers' UNet takes `feeds`."""
-    kwargs: dict[str, Any] = {"return_dict": False}
-    if "text_embeds" in feeds:
-        kwargs["added_cond_kwargs"] = {"text_embeds": feeds["text_embeds"], "time_ids": feeds["time_ids"]}
-    return (feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"]), kwargs
+def outputs_of(model: nn.Module, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """One step: feeds by the names of the architecture's spec → its outputs. What chooses in a bank is left out."""
+    architecture = architecture_of_model(model)
+    given = {name: value for name, value in feeds.items() if name not in (ADAPTER_INDEX, ADAPTER_STRENGTH)}
+    return architecture.outputs(model(**architecture.arguments(given)))
 
 
 def spread_timestep(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -189,7 +193,12 @@ def spread_timestep(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> Mapping[str
     wanted = next((tensor for tensor in spec.inputs if tensor.name == "timestep"), None)
     if wanted is None or not wanted.axes or "timestep" not in feeds or feeds["timestep"].dim():
         return feeds
-    return {**feeds, "timestep": feeds["timestep"].expand(feeds["sample"].shape[0])}
+    return {**feeds, "timestep": feeds["timestep"].expand(batch_of(spec, feeds))}
+
+
+def batch_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> int:
+    """The number of samples that are fed."""
+    return feeds[spec.inputs[0].name].shape[0]
 
 
 def fitted(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +207,8 @@ def fitted(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UsageError: one is missing, of another rank or size, or its sizes contradict another's.
     """
-    feeds = spread_timestep(spec, feeds)
+    if spec.inputs[0].name in feeds:
+        feeds = spread_timestep(spec, feeds)
     sizes: dict[str, int] = {}
     given: dict[str, Tensor] = {}
     for tensor in spec.inputs:
@@ -207,12 +217,24 @@ def fitted(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         value = feeds[tensor.name]
         fits = value.dim() == len(tensor.axes)
         for axis, size in zip(tensor.axes, value.shape, strict=False):
-            fits = fits and size > 0 and size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+            fits = fits and size > 0 and size == _expected(axis, size, sizes)
         if not fits:
-            axes = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.axes]
+            axes = [_expected(axis, axis, sizes) for axis in tensor.axes]
             raise UsageError(f"{tensor.name}: shape {list(value.shape)} found, expected {axes}")
         given[tensor.name] = value.to(DTYPES[tensor.dtype])
     return given
+
+
+def _expected(axis: int | str, otherwise: Any, sizes: dict[str, int]) -> Any:
+    """The size of an axis: what it is fixed at, or what another input has made it; who names it first says it."""
+    if isinstance(axis, int):
+        return axis
+    name, times, over = parts_of(axis)
+    if name in sizes:
+        return sizes[name] * times // over
+    if isinstance(otherwise, int) and times == over == 1:
+        sizes[name] = otherwise
+    return otherwise
 
 
 def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
@@ -220,7 +242,7 @@ def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for tensor in [tensor for tensor in spec.inputs if tensor.name in feeds]:
         for axis, size in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
-            if isinstance(axis, str):
+            if isinstance(axis, str) and parts_of(axis) == (axis, 1, 1):
                 sizes[axis] = size
     return sizes
 
@@ -228,25 +250,27 @@ def sizes_of(spec: ModelSpec, feeds: Mapping[str, Tensor]) -> dict[str, int]:
 def random_feeds(
     spec: ModelSpec, sizes: Mapping[str, int], *, seed: int = 0, timestep: float = 500.0
 ) -> dict[str, Tensor]:
-    """Inputs for one step, N(0, 1) but for the timestep, made in float32 and cast, so that every precision sees the same. A
-    bank gets no adapter for any sample.
+    """Inputs for one step, N(0, 1) but for those that mean something else, made in float32 and cast, so that every precision
+    sees the same. A bank gets no adapter for any sample.
 
     Args:
         spec: the model's inputs.
         sizes: of the free axes.
+        timestep: from 0 to 1000, whatever the model counts in.
     """
     generator = torch.Generator().manual_seed(seed)
+    architecture = ARCHITECTURES.get(spec.model)
     feeds: dict[str, Tensor] = {}
     for tensor in spec.inputs:
+        shape = tensor.shape(sizes)
         if tensor.name == "timestep":
-            feeds[tensor.name] = torch.full(tensor.shape(sizes), float(timestep))
+            scale = 1.0 if architecture is None else architecture.timestep_scale
+            feeds[tensor.name] = torch.full(shape, float(timestep) * scale)
         elif tensor.name == ADAPTER_INDEX:
-            feeds[tensor.name] = torch.zeros(tensor.shape(sizes), dtype=torch.int64)
+            feeds[tensor.name] = torch.zeros(shape, dtype=torch.int64)
         elif tensor.name == ADAPTER_STRENGTH:
-            feeds[tensor.name] = torch.ones(tensor.shape(sizes))
-        elif tensor.name == "time_ids":  # original size, crop, target size in pixels
-            ids = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0])
-            feeds[tensor.name] = ids.expand(tensor.shape(sizes)).to(DTYPES[tensor.dtype]).contiguous()
+            feeds[tensor.name] = torch.ones(shape)
         else:
-            feeds[tensor.name] = torch.randn(tensor.shape(sizes), generator=generator).to(DTYPES[tensor.dtype])
+            example = Architecture.example if architecture is None else architecture.example
+            feeds[tensor.name] = example(tensor.name, shape, generator).to(DTYPES[tensor.dtype])
     return feeds
