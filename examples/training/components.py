@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from failures import OptionError, RecipeError
 from random_parts import random_encoders, random_vae
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from trexport.models.base import looks_like_hub_id, open_base
+
+transformers.utils.logging.disable_progress_bar()
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,6 +38,8 @@ class Components:
     """Tokenizers and text encoders."""
     scheduler: Any
     """A `DDPMScheduler`."""
+    zero_negative: bool = False
+    """Whether zeros stand for the empty prompt when pictures are drawn, as Stable Diffusion XL was trained."""
 
     @property
     def sdxl(self) -> bool:
@@ -85,14 +91,16 @@ def load_components(
         RecipeError: a part is missing or cannot be read.
     """
     if name.startswith("random:"):
-        unet = _random_unet(name)
+        unet, zero = _random_unet(name), False
         vae, encoders = random_vae(unet.config), random_encoders(unet.config)
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     else:
         unet, vae, encoders, scheduler = _stored(name, revision, variant)
+        index: Any = DiffusionPipeline.load_config(name, revision=revision)
+        zero = bool(index.get("force_zeros_for_empty_prompt", False))
     if prediction_type is not None:
         scheduler.register_to_config(prediction_type=prediction_type)
-    found = Components(name, unet, vae, encoders, scheduler)
+    found = Components(name, unet, vae, encoders, scheduler, zero)
     _check(found)
     models: list[Any] = [unet, vae, *(encoder for _, encoder in encoders)]
     for model in models:

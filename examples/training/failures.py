@@ -53,7 +53,7 @@ def finish(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str
             raise
         say(
             "error: out of memory outside of the training steps (loading, encoding or drawing); try --mixed_precision bf16, "
-            "a smaller --resolution, or fewer pictures at once. What was written stays: the same command goes on from there, "
+            "a smaller --resolution, or fewer pictures at once. What was written stays: the same command goes on there, "
             "with --resume_from_checkpoint latest where there are checkpoints"
         )
         return 1

@@ -48,6 +48,13 @@ def embed(components: Components, prompts: list[str], cache: Cache, accelerator:
     return keys
 
 
+def negative(components: Components, empty: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What guidance leads away from: the empty prompt's embedding, or zeros where the pipeline says so."""
+    if not components.zero_negative:
+        return empty
+    return {name: torch.zeros_like(value) for name, value in empty.items()}
+
+
 def tokens(tokenizer: Any, prompt: str) -> Tensor:
     """(1, tokens); what is too long is cut off, and that is said."""
     length = tokenizer.model_max_length

@@ -22,7 +22,7 @@ from images import Crop, check, read
 from noising import check_prediction, errors, noised, sampled
 from options import adapter_spec, add_shared_options, check_shared_options, training_config
 from pairs import Columns, Pair, pairs_in
-from prompts import embed
+from prompts import embed, negative
 from setting_up import prepare_accelerator, train
 from subject_data import latent_makers, pictures_of
 from torch import Tensor, nn
@@ -190,9 +190,9 @@ def artist_of(
         crop = Crop.of(read(path).size, options.resolution)
         controls.append({"control": as_control(condition_of(path, crop, options.conditioning))})
 
+    without = negative(components, cache[keys[""]])
     asked = [
-        (cache[keys[prompt]] | control, cache[keys[""]] | control)
-        for prompt, control in zip(prompts, controls, strict=True)
+        (cache[keys[prompt]] | control, without | control) for prompt, control in zip(prompts, controls, strict=True)
     ]
 
     def pictures() -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from failures import OptionError, finish, say
 from images import check, images_in
 from noising import check_prediction, errors, noised, sampled
 from options import adapter_spec, add_shared_options, check_shared_options, training_config
-from prompts import embed
+from prompts import embed, negative
 from setting_up import prepare_accelerator, train
 from subject_data import SubjectData, latent_makers, pictures_of
 from torch import Tensor, nn
@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layers = inject_(components.unet, spec, options.targets, seed=options.seed)
 
     def pictures() -> list[tuple[str, Any]]:
-        asked = [(data.cache[keys[prompt]], data.cache[keys[""]]) for prompt in options.validation_prompt]
+        without = negative(components, data.cache[keys[""]])
+        asked = [(data.cache[keys[prompt]], without) for prompt in options.validation_prompt]
         return draw_validation(unet_predictor(components.unet), components, asked, options, accelerator.device)
 
     train(
@@ -149,7 +150,7 @@ def cached_data(
     )
     instances, classes = cut(paths, sizes), None
     if options.with_prior_preservation:
-        asked = cache[keys[options.class_prompt]], cache[keys[""]]
+        asked = cache[keys[options.class_prompt]], negative(components, cache[keys[""]])
         draw_class_images(components, asked, options, accelerator)
         class_paths = images_in(options.class_data_dir)[: options.num_class_images]
         classes = cut(class_paths, check(class_paths, options.resolution))
