@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -87,11 +88,11 @@ def check(paths: Sequence[Path], resolution: int) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
     wrong: list[str] = []
     least = -(-resolution // LEAST)
-    for path in paths:
-        try:
-            size = read(path).size
-        except RecipeError as error:
-            wrong.append(str(error))
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_size, paths))
+    for path, size in zip(paths, found, strict=True):
+        if isinstance(size, RecipeError):
+            wrong.append(str(size))
             continue
         if min(size) < least:
             wrong.append(f"{path}: {size[0]}×{size[1]} pixels, expected {least} at least on each side")
@@ -105,6 +106,13 @@ def check(paths: Sequence[Path], resolution: int) -> list[tuple[int, int]]:
     if small:
         say(f"{small} of {len(paths)} images are smaller than {resolution} pixels and are enlarged")
     return sizes
+
+
+def _size(path: Path) -> tuple[int, int] | RecipeError:
+    try:
+        return read(path).size
+    except RecipeError as error:
+        return error
 
 
 def pixels(picture: Image.Image) -> Tensor:
