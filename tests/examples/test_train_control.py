@@ -15,7 +15,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 
 from tests.examples.conftest import SIDE, write_photos
-from trlora import attach_, load_adapter, merge_, shapes_of
+from tests.trexport.helpers import run_cli
+from trlora import attach_, load_adapter, shapes_of
 
 Failing = Callable[..., str]
 SIZES = [(24, 20), (20, 31), (16, 16)]
@@ -92,8 +93,7 @@ def test_what_is_trained_is_merged_and_steers_the_unet(
         assert torch.equal(at_start[-1], unet(**inputs)[0])  # its zero convolutions: it changes nothing yet
     attach_(fresh, adapter.bind(shapes_of(fresh)))
     factored = asked(fresh)
-    merge_(fresh)
-    fresh.save_pretrained(tmp_path / "merged")
+    assert run_cli(["merge", out / "branch", out / "adapter", "-o", tmp_path / "merged"]) == 0
     merged = asked(ControlNetModel.from_pretrained(tmp_path / "merged"))
     for found, expected in zip(merged, factored, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

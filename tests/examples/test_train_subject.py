@@ -216,6 +216,7 @@ def test_wrong_data_is_named_before_anything_is_loaded(
         ({"train_batch_size": 0}, 2, "--train_batch_size is 0"),
         ({"lr_warmup_steps": 5}, 2, "use constant_with_warmup"),
         ({"pretrained_model_name_or_path": "random:sd16"}, 2, "unknown architecture"),
+        ({"pretrained_model_name_or_path": "random:flux-tiny"}, 2, "a FluxTransformer2DModel, expected a UNet"),
         ({"pretrained_model_name_or_path": "somewhere"}, 2, "no such folder; expected a diffusers pipeline's folder"),
         ({"pretrained_model_name_or_path": "random:tiny", "resolution": 18}, 2, "takes multiples of 4"),
         ({"pretrained_model_name_or_path": "random:tiny", "targets": "nothing"}, 1, "choose no module"),

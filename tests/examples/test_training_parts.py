@@ -194,7 +194,7 @@ def test_hashes_follow_weights_and_dtype(recipes: SimpleNamespace) -> None:
     assert hashed(layer) != hashed(same.float())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-sdxl"])
+@pytest.mark.parametrize("name", ["tiny", "sd21-tiny", "tiny-sdxl"])
 def test_random_bases_have_all_parts(name: str, recipes: SimpleNamespace) -> None:
     """The UNet is that of trexport, bit for bit, and takes what the encoders give."""
     from trexport.models.base import open_base
