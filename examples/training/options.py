@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from failures import OptionError
 
-from trlora import AdapterSpec
-from trlora.fit import size_name
-from trlora.residuals import RESIDUALS
+from trlora import AdapterSpec, SpecError
+from trlora.shorthand import fields_from_text
 from trlora.training import TrainingConfig
-from trlora.transforms import TRANSFORMS
 
 SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
 MEMBER = "NAME, NAME:SIZE, or a JSON object as in a checkpoint"
@@ -101,31 +97,13 @@ def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
     """What `--transform`, `--residual` and `--magnitude` say.
 
     Raises:
-        OptionError: not to be read.
-        SpecError: an unknown member, or a wrong value.
+        OptionError: not to be read, an unknown member, or a wrong value.
     """
-    parts = {"transform": _member("transform", options.transform, TRANSFORMS)}
-    parts["residual"] = _member("residual", options.residual, RESIDUALS)
-    if options.magnitude != "none":
-        parts["magnitude"] = {"type": options.magnitude}
-    return AdapterSpec.from_dict(parts)
-
-
-def _member(option: str, text: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    if text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise OptionError(f"--{option} {text!r} is not JSON ({error})") from error
-    name, colon, size = text.partition(":")
-    if not colon:
-        return {"type": name}
-    field = size_name(kinds[name]) if name in kinds else "rank"
-    if field is None:
-        raise OptionError(f"--{option}: {name} has no size, {size!r} given")
-    if not (size.isascii() and size.isdigit()):
-        raise OptionError(f"--{option} {text!r}, expected NAME, or NAME:SIZE with a whole number")
-    return {"type": name, field: int(size)}
+    texts = {"transform": options.transform, "residual": options.residual, "magnitude": options.magnitude}
+    try:
+        return AdapterSpec.from_dict({part: fields_from_text(part, text) for part, text in texts.items()})
+    except SpecError as error:
+        raise OptionError(str(error)) from error
 
 
 def training_config(options: argparse.Namespace, samples: int, processes: int) -> TrainingConfig:

@@ -210,7 +210,7 @@ def test_wrong_data_is_named_before_anything_is_loaded(
     [
         ({"with_prior_preservation": True}, 2, "needs --class_data_dir and --class_prompt"),
         ({"class_prompt": "a dog"}, 2, "are for --with_prior_preservation"),
-        ({"transform": "tensor_rng:2"}, 1, "the nearest existing name is 'tensor_ring'"),
+        ({"transform": "tensor_rng:2"}, 2, "the nearest existing name is 'tensor_ring'"),
         ({"residual": "low_rank:two"}, 2, "expected NAME, or NAME:SIZE"),
         ({"residual": "none:2"}, 2, "none has no size"),
         ({"train_batch_size": 0}, 2, "--train_batch_size is 0"),
