@@ -40,7 +40,9 @@ Shape = tuple[tuple[int, ...], int, int, bool, int, bool, bool]
 
 
 @final
-class _Step(nn.Module):
+class NamedStep(nn.Module):
+    """The UNet as a function of named tensors, for `torch.export`."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -55,7 +57,7 @@ def norms_of(base: Base) -> Counter[Shape]:
     fuse_(cast(Any, model), FuseOptions(kernels="triton"))
     feeds = random_feeds(spec_of(base.config, "fp32"), default_sizes(base.config))
     with torch.no_grad():
-        program = torch.export.export(_Step(model), (), {name: tensor.to("meta") for name, tensor in feeds.items()})
+        program = torch.export.export(NamedStep(model), (), {name: tensor.to("meta") for name, tensor in feeds.items()})
     join_norms_(program)
     found: Counter[Shape] = Counter()
     for node in program.graph.nodes:

@@ -4,9 +4,9 @@ BENCH_VARIANTS chooses, by commas, among the names of `VARIANTS` and `norm-kerne
 the UNet alone; each variant is compiled for about a minute. For a try on another machine: BENCH_BASE (random:tiny),
 BENCH_DEVICE (cpu), BENCH_DTYPE (fp32).
 
-BENCH_CUDNN says whether cuDNN times its algorithms in the first run (`benchmark`, unless given) or takes what its heuristics
-say (`heuristics`). It is one for the whole run: torch keeps the plan of the first convolution of a shape, however it was
-found.
+BENCH_CUDNN says whether cuDNN takes what its heuristics say (`heuristics`, unless given) or times its algorithms in the
+first run (`benchmark`). It is one for the whole run: torch keeps the plan of the first convolution of a shape, however it
+was found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.norm_kernels import time_norms
+from benchmarks.norm_kernels import NamedStep, time_norms
 from benchmarks.record import keep
 from trexport.backends import Device, Step
 from trexport.bench.stats import Latency
@@ -33,7 +33,7 @@ from trexport.bench.timer import time_steps
 from trexport.io_spec import Dtype
 from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
-from trexport.models.fused import FuseOptions, fuse_
+from trexport.models.fused import ALL, PROJECTIONS, FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.join_linear import join_linears_
 from trexport.models.model import DTYPES, first_output, load_model, random_feeds
@@ -41,7 +41,6 @@ from trexport.parity.metrics import relative_l2
 
 ITERATIONS = 60
 PROFILED = 5
-PROJECTIONS = ("self_attention", "cross_attention", "projection", "time_embedding")
 
 
 @final
@@ -61,11 +60,12 @@ class Variant:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
 
+_PRODUCTS = (*PROJECTIONS, "projection")
 _MM = {"conv_1x1_as_mm": True}
 _TUNED = {"coordinate_descent_tuning": True}
 _BEST = Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM)
-_PROJECTIONS = Variant(PROJECTIONS, cudnn_attention=True, inductor=_MM)
-_NORMS = replace(_PROJECTIONS, rewrites=(*PROJECTIONS, "group_norm"), triton=True)
+_PROJECTIONS = Variant(_PRODUCTS, cudnn_attention=True, inductor=_MM)
+_NORMS = replace(_PROJECTIONS, rewrites=ALL, triton=True)
 _JOINED = replace(_NORMS, joined=True)
 _LINEARS = replace(_JOINED, linears=True)
 VARIANTS = {
@@ -105,7 +105,7 @@ def main() -> None:
     unknown = [name for name in names if name not in (*VARIANTS, "norm-kernels")]
     if unknown:
         raise SystemExit(f"BENCH_VARIANTS: {unknown[0]} is unknown, expected some of {[*VARIANTS, 'norm-kernels']}")
-    cudnn = os.environ.get("BENCH_CUDNN", "benchmark")
+    cudnn = os.environ.get("BENCH_CUDNN", "heuristics")
     if cudnn not in ("benchmark", "heuristics"):
         raise SystemExit(f"BENCH_CUDNN: {cudnn} is unknown, expected benchmark or heuristics")
     torch.backends.cudnn.benchmark = cudnn == "benchmark"
@@ -175,18 +175,6 @@ def attention_of(variant: Variant) -> Iterator[None]:
         yield
 
 
-@final
-class _Step(nn.Module):
-    """The UNet as a function of named tensors, for `torch.export`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **feeds: Tensor) -> Tensor:
-        return first_output(self.model, feeds)
-
-
 def prepared(
     model: nn.Module, variant: Variant, feeds: Mapping[str, Tensor], device: Device
 ) -> tuple[Step, dict[str, Any]]:
@@ -203,7 +191,7 @@ def prepared(
             "cudnn" if variant.cudnn_attention and cuda else "default",
         )
         report = fuse_(cast(Any, model), options).to_dict()
-    step: nn.Module = _Step(model)
+    step: nn.Module = NamedStep(model)
     if variant.joined or variant.linears:
         with torch.no_grad():
             program = torch.export.export(step, (), dict(feeds))

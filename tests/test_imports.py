@@ -98,7 +98,7 @@ TRLORA_STOREYS = [
     {"files", "fields", "tensors", "cayley", "factor", "tucker"},
     {"ring"},
     {"transforms", "residuals", "magnitudes"},
-    {"spec"},
+    {"spec", "shorthand"},
     {"layers", "config"},
     {"targets", "parts", "fit"},
     {"inject"},

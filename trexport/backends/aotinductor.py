@@ -55,7 +55,7 @@ from trexport.errors import ArtifactError, ExportError, MissingError, RunError, 
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of
 from trexport.models.architectures.unet import UNet
-from trexport.models.fused import fuse_, join_, options_for
+from trexport.models.fused import fuse_, options_for
 from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -376,7 +376,6 @@ class AotInductor(EngineBackend):
                         feeds,
                         dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
                     )
-                    joined = join_(program) if fused is not None and fused.options.kernels == "triton" else None
                 with progress.task("compile"):
                     torch._inductor.aoti_compile_and_package(
                         program, package_path=str(path), inductor_configs=dict(settings)
@@ -385,7 +384,7 @@ class AotInductor(EngineBackend):
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
         settings |= {"device": device, _MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
-            settings["rewrites"] = fused.to_dict() | ({} if joined is None else {"joined": joined})
+            settings["rewrites"] = fused.to_dict()
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,55 +120,27 @@ def command(
 def _goal(transform: str, residual: str, magnitude: str, budget: int | None, max_error: float | None) -> FitGoal:
     from trexport.fit.goal import FitGoal
     from trlora import AdapterSpec, SpecError
-    from trlora.fit import size_name
-    from trlora.residuals import RESIDUALS
-    from trlora.transforms import TRANSFORMS
+    from trlora.shorthand import fields_from_text, size_of
 
     if budget is not None and max_error is not None:
         raise click.UsageError("--budget and --max-error exclude each other; give one")
-    parts: dict[str, dict[str, Any]] = {}
-    free = {}
-    for option, text, kinds in (("transform", transform, TRANSFORMS), ("residual", residual, RESIDUALS)):
-        fields = _fields(option, text)
-        kind = kinds.get(fields["type"])
-        name = None if kind is None else size_name(kind)
-        if "size" in fields:
-            size = fields.pop("size")
-            if kind is not None and name is None:
-                raise click.BadParameter(f"{fields['type']} has no size, {size} given", param_hint=f"--{option}")
-            fields[name or "rank"] = size
-        free[option] = name is not None and name not in fields
-        parts[option] = fields
-    parts["magnitude"] = _fields("magnitude", magnitude)
+    texts = {"transform": transform, "residual": residual, "magnitude": magnitude}
     try:
+        parts = {part: fields_from_text(part, text) for part, text in texts.items()}
         spec = AdapterSpec.from_dict(parts)
     except SpecError as error:
         raise click.UsageError(str(error)) from error
-    return FitGoal(spec, free["transform"], free["residual"], budget, max_error)
 
+    def is_free(part: str) -> bool:
+        name = size_of(part, parts[part]["type"])
+        return name is not None and name not in parts[part]
 
-def _fields(option: str, text: str) -> dict[str, Any]:
-    """`tensor_ring:2` → `{"type": "tensor_ring", "size": 2}`; JSON as it is."""
-    hint = f"--{option}"
-    if text.lstrip().startswith("{"):
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise click.BadParameter(f"{text!r} is not JSON ({error})", param_hint=hint) from error
-        if not isinstance(fields.get("type"), str):
-            raise click.BadParameter(f'{text!r} has no "type"', param_hint=hint)
-        return fields
-    name, colon, size = text.partition(":")
-    if not colon:
-        return {"type": name}
-    if option == "magnitude" or not (size.isascii() and size.isdigit() and int(size)):
-        raise click.BadParameter(f"{text!r}, expected NAME, or NAME:SIZE with a whole number", param_hint=hint)
-    return {"type": name, "size": int(size)}
+    return FitGoal(spec, is_free("transform"), is_free("residual"), budget, max_error)
 
 
 def _print_report(report: FitReport) -> None:
     from trexport.cli.console import print_table
-    from trlora.fit import size_name
+    from trlora.shorthand import size_name
 
     def brief(spec: Any) -> str:
         name = size_name(type(spec))

@@ -12,4 +12,3 @@ from trlora.fit.layer import FitOptions as FitOptions
 from trlora.fit.layer import LayerFit as LayerFit
 from trlora.fit.layer import fit_layer as fit_layer
 from trlora.fit.sizes import ladder as ladder
-from trlora.fit.sizes import size_name as size_name

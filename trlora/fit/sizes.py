@@ -10,18 +10,12 @@ from torch import nn
 
 from trlora.errors import ShapeError, SpecError
 from trlora.residuals import ResidualSpec
+from trlora.shorthand import size_name
 from trlora.transforms import TransformSpec
 
 _Spec = TypeVar("_Spec", TransformSpec, ResidualSpec)
 
-_NAMES = ("rank", "block_size")
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-
-
-def size_name(spec: type[TransformSpec] | type[ResidualSpec]) -> str | None:
-    """The field of a kind of spec that is its size, None where it has none."""
-    names = [field.name for field in dataclasses.fields(spec)]  # type: ignore[arg-type]
-    return next((name for name in _NAMES if name in names), None)
 
 
 def ladder(spec: _Spec, build: Callable[[_Spec], nn.Module], most: int) -> list[_Spec]:

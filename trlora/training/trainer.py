@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -370,7 +372,4 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 def _detached(adapter: Adapter) -> Adapter:
     """The same with tensors of its own."""
-    import copy
-    import dataclasses
-
     return dataclasses.replace(adapter, layers=copy.deepcopy(dict(adapter.layers)))
