@@ -19,11 +19,11 @@ _LOOK = 5
 
 
 def has_steps(adapter: LayerAdapter) -> bool:
-    """Whether both parts of the adapter have a step."""
+    """Whether both parts of the adapter have a step, and nothing stands outside of them."""
     return (
         transforms.step_of(adapter.transform) is not None
         and residuals.step_of(adapter.residual) is not None
-        and adapter.magnitude.trivial
+        and not adapter.outside
     )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 _SPREAD = 0.1
 """Size of the entries of ranks that a start has no use for, against the others."""
+_UNSEEN = 1e-12
+"""Eigenvalues below this share of the greatest are rounding."""
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -24,6 +26,16 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if missing > 0:
         left, right = (torch.nn.functional.pad(factor, (0, missing)) for factor in (left, right))
     return left, right
+
+
+def reduced_rank(gram: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L (n, rank) and R (m, rank) with `‖target − W·L·Rᵀ‖_F` least (reduced-rank regression: Izenman, 1975), where
+    `gram = WᵀW` (n, n) and `cross = Wᵀ·target` (n, m). Directions that W does not see stay zero."""
+    values, vectors = torch.linalg.eigh(gram)
+    seen = values > float(values[-1]) * _UNSEEN
+    root = torch.where(seen, values, 1.0).rsqrt() * seen
+    left, right = truncated_svd(root[:, None] * (vectors.T @ cross), rank)
+    return vectors @ (root[:, None] * left), right
 
 
 def rotation(cross: Tensor) -> Tensor:

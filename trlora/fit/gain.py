@@ -28,10 +28,10 @@ def with_magnitude(
         raise FitError("a magnitude with bias true scales the layer's bias, which a fit does not see; leave it false")
     if not isinstance(kind, (ScaleMagnitudeSpec, NormMagnitudeSpec)):
         member = kind.build(inner.out_features, problem.base).double()
-        adapter = LayerAdapter(spec, inner.transform, inner.residual, member)
+        adapter = LayerAdapter(spec, inner.transform, inner.residual, member, inner.output_transform)
         return adapter, minimise_(problem, adapter, iterations=iterations, tolerance=tolerance)
     gain = ScaleMagnitude(_best_gain(problem, _whole(problem, inner)), bias=False)
-    free = LayerAdapter(spec, inner.transform, inner.residual, gain)
+    free = LayerAdapter(spec, inner.transform, inner.residual, gain, inner.output_transform)
     history = minimise_(problem, free, iterations=iterations, tolerance=tolerance)
     with torch.no_grad():
         whole = _whole(problem, inner)
@@ -39,12 +39,12 @@ def with_magnitude(
         history.append(problem.error(free) / (problem.change or 1.0))
         if isinstance(kind, NormMagnitudeSpec):
             member = NormMagnitude(gain.scale * torch.linalg.vector_norm(whole, dim=1))
-            return LayerAdapter(spec, inner.transform, inner.residual, member), history
+            return LayerAdapter(spec, inner.transform, inner.residual, member, inner.output_transform), history
     return free, history
 
 
 def _whole(problem: Problem, inner: LayerAdapter) -> Tensor:
-    """`W0·T + Δ`."""
+    """`Uᵀ·W0·T + Δ`."""
     with torch.no_grad():
         change = inner.change(problem.base)
         return problem.base if change is None else problem.base + change

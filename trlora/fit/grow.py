@@ -7,21 +7,25 @@ from torch import Tensor, nn
 
 from trlora.layers import LayerAdapter
 from trlora.residuals import LowRankResidual, TensorRingResidual
-from trlora.transforms import TensorRingTransform
+from trlora.transforms import LowRankTransform, TensorRingTransform
 
 _ROOM = 0.1
 """Size of the new entries that do not count yet, against those that do."""
 
 
 def grow_(adapter: LayerAdapter, small: LayerAdapter, generator: torch.Generator) -> bool:
-    """Set an adapter to the same `W0·T + Δ` as a smaller one of the same members.
+    """Set an adapter to the same `Uᵀ·W0·T + Δ` as a smaller one of the same members.
 
     Returns:
         False where a member has another size and no way to hold the smaller one; the adapter is then of no use.
     """
     return all(
         _grow_part_(part, smaller, generator)
-        for part, smaller in ((adapter.transform, small.transform), (adapter.residual, small.residual))
+        for part, smaller in (
+            (adapter.transform, small.transform),
+            (adapter.residual, small.residual),
+            (adapter.output_transform, small.output_transform),
+        )
     )
 
 
@@ -32,7 +36,7 @@ def _grow_part_(part: nn.Module, small: nn.Module, generator: torch.Generator) -
         return _grow_ring_(list(part.core), list(small.core), generator)
     if isinstance(part, TensorRingResidual) and isinstance(small, TensorRingResidual):
         return _grow_ring_([*part.row_core, *part.column_core], [*small.row_core, *small.column_core], generator)
-    if isinstance(part, LowRankResidual) and isinstance(small, LowRankResidual):
+    if isinstance(part, (LowRankResidual, LowRankTransform)) and isinstance(small, (LowRankResidual, LowRankTransform)):
         rank = small.lora_A.weight.shape[0]
         if rank > part.lora_A.weight.shape[0]:
             return False

@@ -75,7 +75,7 @@ def fit_layer(
     begin: LayerAdapter | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> LayerFit:
-    """Find an adapter of `spec` with `‖W* − diag(gain)·(W0·T + Δ)‖_F` small.
+    """Find an adapter of `spec` with `‖W* − diag(gain)·(Uᵀ·W0·T + Δ)‖_F` small.
 
     Args:
         base: W0, (out, in), or of a convolution (out, in/groups, height, width).
@@ -131,12 +131,12 @@ def _improve_(
 
 def _is_optimum(adapter: LayerAdapter) -> bool:
     """Whether `solve_` has found the optimum of all of it."""
-    return adapter.transform.trivial and isinstance(adapter.residual, LowRankResidual)
+    return adapter.transform.trivial and not adapter.outside and isinstance(adapter.residual, LowRankResidual)
 
 
 def _finish_(problem: Problem, adapter: LayerAdapter) -> list[float]:
     """The optimum of a low-rank residual for the transform that was found, which sweeps only come near to."""
-    if _is_optimum(adapter) or not isinstance(adapter.residual, LowRankResidual):
+    if _is_optimum(adapter) or adapter.outside or not isinstance(adapter.residual, LowRankResidual):
         return []
     with torch.no_grad():
         residuals.solve_(adapter.residual, left_by_transform(problem, adapter), torch.Generator())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trlora.cayley import upper_of
-from trlora.fit.closed import matrix_ring_svd, rotation, skew_of_rotation
+from trlora.fit.closed import matrix_ring_svd, reduced_rank, rotation, skew_of_rotation
 from trlora.fit.ring import sweep_transform_
 from trlora.ring import ranks_of
 from trlora.transforms import (
@@ -20,6 +20,7 @@ from trlora.transforms import (
     BlockOrthogonalTransform,
     DiagonalTransform,
     IdentityTransform,
+    LowRankTransform,
     TensorRingTransform,
 )
 
@@ -38,6 +39,8 @@ def step_of(member: AbstractTransform) -> Step | None:
         return lambda gram, cross: _scale_(member, gram, cross)
     if isinstance(member, BlockOrthogonalTransform) and member.neumann_terms is None:
         return lambda gram, cross: _rotate_(member, cross)
+    if isinstance(member, LowRankTransform):
+        return lambda gram, cross: _low_rank_(member, gram, cross)
     if isinstance(member, TensorRingTransform):
         return lambda gram, cross: sweep_transform_([core.data for core in member.core], gram, cross)
     return None
@@ -77,6 +80,16 @@ def _scale_(member: DiagonalTransform, gram: Tensor, cross: Tensor) -> None:
     top, bottom = (matrix.diagonal().reshape(shape).sum(1) for matrix in (cross, gram))
     seen = bottom > 0  # an input without any weight may keep its scale
     member.scale.data[seen] = top[seen] / bottom[seen]
+
+
+def _low_rank_(member: LowRankTransform, gram: Tensor, cross: Tensor) -> None:
+    rank, channels = member.lora_A.weight.shape
+    # every tap of a kernel has its own weights and its own outputs, and one map for all of them
+    shape = (channels, member.taps) * 2
+    own, wanted = (matrix.reshape(shape).diagonal(dim1=1, dim2=3).sum(-1) for matrix in (gram, cross - gram))
+    left, right = reduced_rank(own, wanted, rank)
+    member.lora_B.weight.data.copy_(left / member.scaling)
+    member.lora_A.weight.data.copy_(right.T)
 
 
 def _rotate_(member: BlockOrthogonalTransform, cross: Tensor) -> None:

@@ -45,9 +45,13 @@ class LowRankTransform(AbstractTransform):
         eye = torch.eye(self.taps, dtype=left.dtype, device=left.device)
         return torch.kron(left, eye), torch.kron(right.contiguous(), eye)
 
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.lora_A.weight.shape[0]
+
     def _thin(self) -> tuple[Tensor, Tensor]:
         """The factors of one tap."""
-        return self.lora_B.weight * (self.alpha / self.lora_A.weight.shape[0]), self.lora_A.weight.T
+        return self.lora_B.weight * self.scaling, self.lora_A.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.factors()

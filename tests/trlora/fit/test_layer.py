@@ -15,6 +15,7 @@ from tests.helpers import (
     IN,
     MAGNITUDES,
     OUT,
+    OUTPUT_TRANSFORMS,
     RESIDUALS,
     TRANSFORMS,
     Member,
@@ -115,6 +116,29 @@ def test_lora_is_the_optimum_of_eckart_and_young(shape: tuple[int, int], rank: i
     assert fit.error == pytest.approx(np.sqrt((values[rank:] ** 2).sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [OUT, 60])
+def test_a_low_rank_transform_is_reduced_rank_regression(rows: int) -> None:
+    base, change = weight(rows=rows), weight(8, rows=rows)
+    fit = fit_layer(base, base + change, spec_of(Member({"type": "low_rank", "rank": 3, "alpha": 7.0})))
+    reached = base.numpy() @ np.linalg.pinv(base.numpy()) @ change.numpy()
+    values = np.linalg.svd(reached, compute_uv=False)
+    missed = np.linalg.norm(change.numpy() - reached)
+    assert fit.error == pytest.approx(np.sqrt(missed**2 + (values[3:] ** 2).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [None, MAGNITUDES[1]], ids=str)
+@pytest.mark.parametrize("output", OUTPUT_TRANSFORMS, ids=str)
+def test_output_transforms_are_fitted_beside_the_rest(output: Member, magnitude: Member | None) -> None:
+    base = weight()
+    adapter = adapter_of(None, RESIDUALS[1], magnitude=magnitude, weight=base, output_transform=output)
+    tuned = tuned_by(trained(adapter, amount=0.1), base)
+    fit = fit_layer(base, tuned, spec_of(None, RESIDUALS[1], magnitude, output), QUICK)
+    without = fit_layer(base, tuned, spec_of(None, RESIDUALS[1], magnitude), QUICK)
+    assert never_rises(fit)
+    assert fit.relative_error < 0.5 * without.relative_error
+    assert error_of(fit, base, tuned) == pytest.approx(fit.relative_error, abs=1e-9)
+
+
 def test_a_diagonal_transform_is_least_squares_column_by_column() -> None:
     base, tuned = weight(), weight(8)
     fit = fit_layer(base, tuned, spec_of(TRANSFORMS[1]))
@@ -198,6 +222,8 @@ def test_a_curve_grows_what_pays_most() -> None:
     ("small", "great"),
     [
         (({"type": "tensor_ring", "rank": 2}, {"type": "none"}), ({"type": "tensor_ring", "rank": 4}, {"type": "none"})),
+        (({"type": "low_rank", "rank": 2, "alpha": 3.0}, {"type": "none"}),
+         ({"type": "low_rank", "rank": 4, "alpha": 7.0}, {"type": "none"})),
         (({"type": "diagonal"}, {"type": "low_rank", "rank": 2, "alpha": 3.0}),
          ({"type": "diagonal"}, {"type": "low_rank", "rank": 5})),
         (({"type": "identity"}, {"type": "tensor_ring", "rank": [1, 2, 3, 2, 1, 2]}),
