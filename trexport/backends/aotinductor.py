@@ -325,7 +325,9 @@ class AotInductor(EngineBackend):
             )
         wrong = complaint(compiler)
         if wrong is not None:
-            raise MissingError(f"aotinductor: the C++ compiler {compiler} {wrong}; set CXX to another (CXX=/usr/bin/g++)")
+            raise MissingError(
+                f"aotinductor: the C++ compiler {compiler} {wrong}; set CXX to another (CXX=/usr/bin/g++)"
+            )
         available = self.availability(options.device)
         if not available.ok:
             raise MissingError(f"aotinductor: {available.reason}")

@@ -49,5 +49,7 @@ def complaint(compiler: str) -> str | None:
             [sys.executable, "-c", _LOAD, str(library)], capture_output=True, timeout=_SECONDS, check=False
         )
         if loaded.returncode != 0:
-            return "makes libraries that crash beside torch, most likely with a C++ standard library of their own in them"
+            return (
+                "makes libraries that crash beside torch, most likely with a C++ standard library of their own in them"
+            )
     return None
