@@ -24,13 +24,12 @@ import inspect
 import logging
 import os
 import re
-import shutil
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -51,11 +50,12 @@ from trexport.backends.base import (
     Step,
     TorchModel,
 )
+from trexport.backends.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of
 from trexport.models.architectures.unet import UNet
-from trexport.models.fused import fuse_, options_for
+from trexport.models.fused import FuseOptions, fuse_, options_for
 from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -72,7 +72,7 @@ _LEVELS: tuple[dict[str, Any], ...] = (
     {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "max_autotune": True},
 )
 """Settings of the compiler by optimization level; from 1 on the UNet is rewritten too. Tuning measures on the device, which
-takes minutes. From 1 on for the CPU only: on a GPU the packages crashed while they were loaded (`benchmarks/NOTES.md`)."""
+takes minutes."""
 # What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
 _UNKNOWN = {
     "workspace_bytes": "--workspace",
@@ -105,6 +105,12 @@ class _Step(nn.Module):
         self.forward = forward
 
 
+def _rewrites(device: Device, dtype: torch.dtype) -> FuseOptions:
+    """What is best on the device, with torch's operators alone: with our own kernels packages drew garbage on an H100, where
+    `torch.compile` of the same program did not (`benchmarks/NOTES.md`)."""
+    return replace(options_for(device, dtype), kernels="torch")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch's compiler has to say to its own developers."""
@@ -131,12 +137,6 @@ def _cache() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory(prefix="trexport-inductor-") as folder, fresh_cache(dir=folder, delete=False):
         yield
-
-
-def _compiler() -> str | None:
-    """The C++ compiler that torch would call, None where it is not here."""
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(name)
 
 
 def _cpu_features() -> list[str]:
@@ -311,21 +311,22 @@ class AotInductor(EngineBackend):
         level = options.optimization_level
         if level is not None and level >= len(_LEVELS):
             raise UsageError(f"--optimization-level {level}: aotinductor knows 0 to {len(_LEVELS) - 1}")
-        if level and options.device == "cuda":
-            raise UsageError(
-                f"--optimization-level {level}: not for CUDA yet; its packages ended in a segmentation fault when they were "
-                "loaded on an H100 (torch 2.11), the cause is not known; leave it out"
-            )
         if len(options.profiles) != 1:
             raise UsageError(
                 f"{len(options.profiles)} profiles given, aotinductor takes one; give one that holds all sizes"
             )
         if form == "factored":
             raise UsageError("a factored artifact or bank: aotinductor compiles merged and swappable models")
-        if _compiler() is None:
-            name = os.environ.get("CXX") or "g++"
+        compiler = compiler_path()
+        if compiler is None:
             raise MissingError(
-                f"aotinductor: no C++ compiler, {name} is not on the PATH; install g++ (apt install g++), or set CXX"
+                f"aotinductor: no C++ compiler, {compiler_name()} is not on the PATH; install g++ (apt install g++), or set "
+                "CXX"
+            )
+        wrong = complaint(compiler)
+        if wrong is not None:
+            raise MissingError(
+                f"aotinductor: the C++ compiler {compiler} {wrong}; set CXX to another (CXX=/usr/bin/g++)"
             )
         available = self.availability(options.device)
         if not available.ok:
@@ -354,7 +355,7 @@ class AotInductor(EngineBackend):
                 f"--optimization-level {level}: only UNets are rewritten, and this is a {source.base.architecture.noun}; "
                 "leave it out"
             )
-        fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
+        fused = fuse_(cast(Any, model), _rewrites(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}

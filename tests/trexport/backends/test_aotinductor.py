@@ -295,7 +295,6 @@ def check(form: str = "merged", **options: object) -> EngineOptions:
     [
         ({"targets": ("sm89",)}, "--target"),
         ({"optimization_level": 4}, "knows 0 to 3"),
-        ({"optimization_level": 1, "device": "cuda"}, "not for CUDA yet"),
         ({"timing_cache": Path("x")}, "--timing-cache"),
         ({"refit": "all"}, "--refit"),
         ({"strip": True}, "--strip"),
