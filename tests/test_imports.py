@@ -109,7 +109,7 @@ TRLORA_STOREYS = [
 ]
 TREXPORT_STOREYS = [
     {"", "errors"},
-    {"io_spec", "progress", "hashing", "disk", "jsonable", "cores"},
+    {"io_spec", "progress", "hashing", "disk", "jsonable", "cores", "cpp_compiler"},
     {"manifest", "profile", "formats"},
     {"models"},
     {"graph", "merging", "fit"},

@@ -56,6 +56,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
     add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
     add("--snr_gamma", type=float, help="weigh timesteps by min-SNR (arXiv 2303.09556); 5 is usual")
+    add("--path", choices=("activations", "weight"), default="activations", help="how adapted layers are computed")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="the adapter stays float32")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -134,6 +135,7 @@ def training_config(options: argparse.Namespace, samples: int, processes: int) -
         penalty=options.penalty,
         penalty_weight=options.penalty_weight,
         mixed_precision=options.mixed_precision,
+        path=options.path,
         gradient_checkpointing=options.gradient_checkpointing,
         ema_decay=options.ema_decay if options.use_ema else None,
         seed=options.seed,

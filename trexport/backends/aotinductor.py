@@ -50,7 +50,7 @@ from trexport.backends.base import (
     Step,
     TorchModel,
 )
-from trexport.backends.cpp_compiler import compiler_name, compiler_path, complaint
+from trexport.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of

@@ -117,6 +117,19 @@ class LayerAdapter(nn.Module):
         gain = self.magnitude.gain(lambda: _like(whole, self.magnitude)).to(weight)
         return gain[:, None] * whole - weight
 
+    def whole(self, weight: Tensor) -> Tensor:
+        """`diag(gain)·(Uᵀ·W0·T + Δ)` by plain products, which can be differentiated and vectorised (`torch.vmap`).
+
+        Args:
+            weight: W0 as a matrix, in the dtype of the parameters.
+        """
+        found = weight if self.transform.trivial else self.transform.multiply(weight)
+        if not self.output_transform.trivial:
+            found = self.output_transform.multiply(found.T).T
+        if not self.residual.trivial:
+            found = found + self.residual.delta()
+        return found if self.magnitude.trivial else self.magnitude.gain(lambda: found)[:, None] * found
+
     def gain(self, weight: Tensor) -> Tensor:
         """The gain of every output, (out_features,), on the layer whose weight as a matrix is given."""
 

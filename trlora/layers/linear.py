@@ -28,7 +28,10 @@ class AdaptedLinear(AdaptedLayer):
     def out_features(self) -> int:
         return self.base.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight, self.bias)
+
+    def _factored(self, x: Tensor) -> Tensor:
         moved, added = x, None
         for adapter, strength in self.active():
             inside = x if adapter.dtype is None else x.to(adapter.dtype)

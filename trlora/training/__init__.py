@@ -20,3 +20,4 @@ from trlora.training.step import train_ as train_
 from trlora.training.trainer import Callback as Callback
 from trlora.training.trainer import StepRecord as StepRecord
 from trlora.training.trainer import Trainer as Trainer
+from trlora.training.weight_path import WeightPath as WeightPath

@@ -13,6 +13,7 @@ from trlora.training.penalties import Penalty
 
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["no", "fp16", "bf16"]
+LayerPath = Literal["activations", "weight"]
 
 _FREE = ("checkpoint_every", "keep_checkpoints")
 """What may be another when a training is resumed."""
@@ -51,6 +52,9 @@ class TrainingConfig:
     penalty_weight: float = 0.0
     mixed_precision: Precision = "no"
     """Of the products; the cores themselves stay float32."""
+    path: LayerPath = "activations"
+    """How adapted layers are computed: the adapter beside the base layer, on the activations; or as dense layers, weights
+    built for every step (see `WeightPath`) and rounded to the precision of the products."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them; for models of diffusers."""
     ema_decay: float | None = None
@@ -88,7 +92,12 @@ class TrainingConfig:
         self._check(
             "ema_decay", decay is None or (_number(decay) and 0 < decay < 1), "a number between 0 and 1, or None"
         )
-        for name, known in (("schedule", Schedule), ("penalty", Penalty), ("mixed_precision", Precision)):
+        for name, known in (
+            ("schedule", Schedule),
+            ("penalty", Penalty),
+            ("mixed_precision", Precision),
+            ("path", LayerPath),
+        ):
             self._check(name, getattr(self, name) in get_args(known), f"one of {', '.join(get_args(known))}")
         self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "true or false")
 

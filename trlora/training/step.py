@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -48,6 +48,7 @@ def step_(
     name: str = "default",
     max_grad_norm: float | None = None,
     accelerator: Any | None = None,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Stepped:
     """One optimiser step in place, on the mean loss of some batches, one after another (gradient accumulation).
 
@@ -60,6 +61,7 @@ def step_(
         penalty_kind, penalty_weight, name: see `penalty`; the term is left out at weight zero.
         max_grad_norm: clip the norm of the whole gradient to this.
         accelerator: an `accelerate.Accelerator`.
+        around: entered for every batch, its forward and backward pass, as `WeightPath.built`.
 
     Raises:
         TrainingError: the loss or its gradient is NaN or Inf; the step is named and the parameters are those before it.
@@ -72,7 +74,7 @@ def step_(
         last = place == len(batches) - 1
         # gradients travel between processes once, with the last batch
         apart = nullcontext() if last or accelerator is None else accelerator.no_sync(asked)
-        with apart:
+        with apart, around():
             value = loss(asked, batch)
             total = value / len(batches)
             if last and penalty_weight:

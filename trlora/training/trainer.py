@@ -35,6 +35,7 @@ from trlora.training.state import (
     scaler_state,
 )
 from trlora.training.step import Loss, Stepped, TrainingError, step_
+from trlora.training.weight_path import WeightPath
 
 CONFIG_NAME = "training_config.json"
 ADAPTER_NAME = "adapter"
@@ -118,6 +119,8 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self._prepared, self._optimizer = self.accelerator.prepare(model, optimizer)
+        precision = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+        self._path = WeightPath(model, name, precision) if config.path == "weight" else None
         self.average = None if config.ema_decay is None else MovingAverage(self.parameters, config.ema_decay)
         self._resumed: TrainingState | None = None
 
@@ -290,6 +293,7 @@ class Trainer:
                 name=self.name,
                 max_grad_norm=self.config.max_grad_norm,
                 accelerator=self.accelerator,
+                around=nullcontext if self._path is None else self._path.built,
             )
         except TrainingError as error:
             raise TrainingError(f"{error}{self._kept()}") from error

@@ -101,7 +101,13 @@ def test_it_trains_the_adapter_and_writes_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"ema_decay": 0.9}, {"accumulation": 2, "schedule": "cosine", "warmup_steps": 2}, {"mixed_precision": "bf16"}],
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"accumulation": 2, "schedule": "cosine", "warmup_steps": 2},
+        {"mixed_precision": "bf16"},
+        {"path": "weight", "mixed_precision": "bf16"},
+    ],
     ids=str,
 )
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -144,6 +150,18 @@ def test_accumulated_batches_are_one_greater_batch() -> None:
     for losses, parameters in results[1:]:
         torch.testing.assert_close(losses, results[0][0], rtol=1e-5, atol=0)
         torch.testing.assert_close(parameters, results[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_both_paths_of_a_layer_train_the_same() -> None:
+    results = []
+    for path in ("activations", "weight"):
+        config = TrainingConfig(4, 2, 2, learning_rate=1e-2, penalty_weight=0.01, path=path)
+        trainer = trainer_of(None, config)
+        records = trainer.run(data(), noisy_loss)
+        results.append((torch.tensor([r.loss for r in records]), torch.cat([p.flatten() for p in trainer.parameters])))
+    (losses, parameters), (others, changed) = results
+    torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(changed, parameters, rtol=1e-3, atol=1e-4)
 
 
 def test_the_average_is_what_is_saved(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.trexport.backends.test_aotinductor import check
-from trexport.backends.cpp_compiler import compiler_path, complaint
+from trexport.cpp_compiler import compiler_path, complaint
 from trexport.errors import MissingError
 
 GXX = shutil.which("g++")
