@@ -19,6 +19,7 @@ from benchmarks import (
     step_gpu,
     step_variants,
     swap,
+    training,
     triton_serving,
 )
 
@@ -37,6 +38,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         engine_rtx.main,
     ),
     "triton": ("a step of the sample through Triton against the session itself", False, triton_serving.main),
+    "training": (
+        "a training step of random:sd15, TLoRA(2, 6) on both paths against PEFT's LoRA of rank 4: time, memory",
+        True,
+        training.main,
+    ),
     "engine-gpu": (
         "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
         True,

@@ -23,8 +23,9 @@ from trexport.bench.run import BenchOptions, bench
 from trexport.engine import build_engine, default_profile
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import Dtype, default_sizes
+from trexport.io_spec import Dtype
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import default_sizes
 from trexport.models.base import Base, open_base
 from trexport.parity.validate import ValidateOptions, validate
 

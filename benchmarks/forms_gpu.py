@@ -21,10 +21,10 @@ from trexport.bench.run import BenchOptions, bench
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import default_sizes
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import default_sizes
 from trexport.models.base import Base, open_base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.child import run_in_child
 from benchmarks.merge_sd15 import ADAPTER, write_base
@@ -28,10 +28,11 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.graph.ops.slots import banked
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, default_sizes, unet_spec
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
-from trexport.models.unet import call_unet, load_unet, random_feeds
+from trexport.models.model import first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session.forms import SwappableForm, form_of
 
@@ -148,13 +149,13 @@ def run_peft(base: Path, batch: int) -> dict[str, Any]:
 
     opened = open_base(str(base))
     config = LoraConfig(r=LORA_RANK, target_modules=TARGETS, init_lora_weights=False)
-    plain = cast(nn.Module, load_unet(opened))
-    adapted = cast(PeftModel, get_peft_model(cast(Any, load_unet(opened)), config, adapter_name="a0"))
+    plain = load_model(opened)
+    adapted = cast(PeftModel, get_peft_model(cast(Any, load_model(opened)), config, adapter_name="a0"))
     mixed = batch > 2
     for number in range(1, batch if mixed else 1):
         adapted.add_adapter(f"a{number}", config)
     adapted.eval()
-    feeds = random_feeds(unet_spec(opened.config, "fp32"), default_sizes(opened.config) | {"batch_size": batch})
+    feeds = random_feeds(spec_of(opened.config, "fp32"), default_sizes(opened.config) | {"batch_size": batch})
     names = {"adapter_names": [f"a{number}" for number in range(batch)]} if mixed else {}
 
     def step(run: Callable[[], Tensor]) -> Step:
@@ -166,7 +167,7 @@ def run_peft(base: Path, batch: int) -> dict[str, Any]:
 
     arguments = (feeds["sample"], feeds["timestep"], feeds["encoder_hidden_states"])
     steps = {
-        "merged": step(lambda: call_unet(plain, feeds)),
+        "merged": step(lambda: first_output(plain, feeds)),
         "PEFT LoRA r=4, " + ("an adapter a sample" if mixed else "unmerged"): step(
             lambda: adapted(*arguments, return_dict=False, **names)[0]
         ),

@@ -14,8 +14,8 @@ from trexport.artifact import open_artifact
 from trexport.backends import OnnxFile
 from trexport.bench.run import BenchOptions, bench
 from trexport.graph.export import ExportOptions, export_onnx
-from trexport.io_spec import default_sizes
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import default_sizes
 from trexport.models.base import open_base
 from trexport.parity.validate import ValidateOptions, validate
 

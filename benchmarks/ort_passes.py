@@ -31,9 +31,10 @@ from trexport.bench.timer import time_steps
 from trexport.errors import TrexportError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.ort_graph import PASSES, ort_graph
-from trexport.io_spec import Dtype, default_sizes
+from trexport.io_spec import Dtype
+from trexport.models.architectures import default_sizes
 from trexport.models.base import Base, open_base
-from trexport.models.unet import DTYPES, random_feeds
+from trexport.models.model import DTYPES, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.reference import Reference
 
@@ -92,7 +93,7 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype) -> dict[str, Any
     artifact = open_artifact(folder / "onnx", verify=False)
     source = OnnxFile(artifact.onnx_path, artifact.manifest.io)
     feeds = random_feeds(source.spec, source.spec.fixed_sizes(), seed=0)
-    expected = Reference(base, [], device).adapted(feeds)
+    expected = Reference(base, [], device).adapted(feeds)[0]
     fields: dict[str, Any] = {"dtype": dtype, "opset": artifact.manifest.opset, "rows": []}
     for row in rows(device):
         entry: dict[str, Any] = {**asdict(row), "replaced": dict(ort_graph(source.path, row.passes).replaced)}

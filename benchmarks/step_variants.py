@@ -3,6 +3,10 @@
 BENCH_VARIANTS chooses, by commas, among the names of `VARIANTS` and `norm-kernels`, which times the group normalisations of
 the UNet alone; each variant is compiled for about a minute. For a try on another machine: BENCH_BASE (random:tiny),
 BENCH_DEVICE (cpu), BENCH_DTYPE (fp32).
+
+BENCH_CUDNN says whether cuDNN takes what its heuristics say (`heuristics`, unless given) or times its algorithms in the
+first run (`benchmark`). It is one for the whole run: torch keeps the plan of the first convolution of a shape, however it
+was found.
 """
 
 from __future__ import annotations
@@ -14,28 +18,29 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.norm_kernels import time_norms
+from benchmarks.norm_kernels import NamedStep, time_norms
 from benchmarks.record import keep
 from trexport.backends import Device, Step
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
-from trexport.io_spec import Dtype, default_sizes, unet_spec
+from trexport.io_spec import Dtype
+from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
-from trexport.models.fused import FuseOptions, fuse_
-from trexport.models.unet import DTYPES, call_unet, load_unet, random_feeds
+from trexport.models.fused import ALL, PROJECTIONS, FuseOptions, fuse_
+from trexport.models.fused.join import join_norms_
+from trexport.models.fused.join_linear import join_linears_
+from trexport.models.model import DTYPES, first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 
 ITERATIONS = 60
 PROFILED = 5
-PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
-ALL = (*PROJECTIONS, "group_norm")
 
 
 @final
@@ -45,43 +50,47 @@ class Variant:
 
     rewrites: tuple[str, ...] = ()
     triton: bool = False
+    joined: bool = False
+    """Exported first, then `join_norms_`."""
+    linears: bool = False
+    """Exported first, then `join_linears_`."""
     cudnn_attention: bool = False
     diffusers_qkv: bool = False
     """What diffusers has: `fuse_qkv_projections`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    cudnn_benchmark: bool = False
-    """cuDNN times its convolution algorithms in the first run."""
 
 
+_PRODUCTS = (*PROJECTIONS, "projection")
 _MM = {"conv_1x1_as_mm": True}
+_TUNED = {"coordinate_descent_tuning": True}
+_BEST = Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM)
+_PROJECTIONS = Variant(_PRODUCTS, cudnn_attention=True, inductor=_MM)
+_NORMS = replace(_PROJECTIONS, rewrites=ALL, triton=True)
+_JOINED = replace(_NORMS, joined=True)
+_LINEARS = replace(_JOINED, linears=True)
 VARIANTS = {
     "plain": Variant(),
-    "best-pytorch": Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM),
-    "best-pytorch-benchmark": Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM, cudnn_benchmark=True),
-    "projections": Variant(PROJECTIONS, cudnn_attention=True, inductor=_MM),
-    "norms": Variant(ALL, triton=True, cudnn_attention=True, inductor=_MM),
-    "default-attention": Variant(ALL, triton=True, inductor=_MM),
-    "convolutions": Variant(ALL, triton=True, cudnn_attention=True, inductor=_MM, cudnn_benchmark=True),
-    "tuned": Variant(
-        ALL,
-        triton=True,
-        cudnn_attention=True,
-        inductor={**_MM, "coordinate_descent_tuning": True},
-        cudnn_benchmark=True,
-    ),
-    "autotuned": Variant(
-        ALL, triton=True, cudnn_attention=True, inductor={**_MM, "max_autotune": True}, cudnn_benchmark=True
-    ),
+    "best-pytorch": _BEST,
+    "best-pytorch-tuned": replace(_BEST, inductor=_MM | _TUNED),
+    "projections": _PROJECTIONS,
+    "projections-tuned": replace(_PROJECTIONS, inductor=_MM | _TUNED),
+    "norms": _NORMS,
+    "joined": _JOINED,
+    "linears": _LINEARS,
+    "joined-default-attention": replace(_JOINED, cudnn_attention=False),
+    "joined-tuned": replace(_JOINED, inductor=_MM | _TUNED),
+    "linears-autotuned": replace(_LINEARS, inductor=_MM | {"max_autotune": True}),
 }
-DEFAULT = "plain,best-pytorch,projections,norms,convolutions"
+DEFAULT = "best-pytorch,projections,joined,linears"
 
 # the first that matches a kernel's name
 CLASSES = {
     "copy": r"Memset|Memcpy",
     "attention": r"sdpa|flash|fmha|attention",
-    "norm": r"norm|_whole_kernel|_statistics_kernel|_normalise_kernel",
+    "layer norm": r"layer_norm",
+    "group norm": r"norm|slab_kernel|statistics_kernel|normalise_kernel",
     "conv": r"fprop|implicit_gemm|cask_plugin|nhwcAddPadding|conv2d|cudnn",
-    "gemm": r"nvjet|gemm|cutlass|cublas|splitK|triton_tem|_mm",
+    "gemm": r"linear_kernel|nvjet|gemm|cutlass|cublas|splitK|triton_tem|_mm",
     "geglu": r"gelu",
     "pointwise": r"",
 }
@@ -96,24 +105,28 @@ def main() -> None:
     unknown = [name for name in names if name not in (*VARIANTS, "norm-kernels")]
     if unknown:
         raise SystemExit(f"BENCH_VARIANTS: {unknown[0]} is unknown, expected some of {[*VARIANTS, 'norm-kernels']}")
-    fields: dict[str, Any] = {}
+    cudnn = os.environ.get("BENCH_CUDNN", "heuristics")
+    if cudnn not in ("benchmark", "heuristics"):
+        raise SystemExit(f"BENCH_CUDNN: {cudnn} is unknown, expected benchmark or heuristics")
+    torch.backends.cudnn.benchmark = cudnn == "benchmark"
+    fields: dict[str, Any] = {"cudnn": cudnn}
     if "norm-kernels" in names:
         names.remove("norm-kernels")
         fields["norm_kernels"] = time_norms(open_base(source), device, dtype)
     if names:
         fields |= run(source, device, dtype, names)
     if source == "random:sd15" and device == "cuda":
-        variables = {"BENCH_VARIANTS": os.environ.get("BENCH_VARIANTS", DEFAULT)}
-        about = {"variables": variables, "base": source}
-        keep(f"step_variants_{dtype}", "python -m benchmarks step-variants", device, about | fields)
+        variables = {"BENCH_VARIANTS": os.environ.get("BENCH_VARIANTS", DEFAULT), "BENCH_CUDNN": cudnn}
+        about = {"variables": variables | {"BENCH_DTYPE": dtype}, "base": source}
+        keep(f"step_variants_{dtype}_{cudnn}", "python -m benchmarks step-variants", device, about | fields)
 
 
 def run(source: str, device: Device, dtype: Dtype, names: list[str]) -> dict[str, Any]:
     """All variants in one run, their steps interleaved."""
     base = open_base(source)
     sizes = default_sizes(base.config)
-    given = random_feeds(unet_spec(base.config, dtype), sizes)
-    model = cast(nn.Module, load_unet(base))
+    given = random_feeds(spec_of(base.config, dtype), sizes)
+    model = load_model(base)
     reference = reference_of(model, given, device)
     feeds = {name: tensor.to(device) for name, tensor in given.items()}
     model.to(DTYPES[dtype])
@@ -149,23 +162,17 @@ def reference_of(model: nn.Module, feeds: Mapping[str, Tensor], device: Device) 
     try:
         model.to(device)
         with torch.inference_mode():
-            return call_unet(model, {name: t.float().to(device) for name, t in feeds.items()}).cpu()
+            return first_output(model, {name: t.float().to(device) for name, t in feeds.items()}).cpu()
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager
-def switched(variant: Variant) -> Iterator[None]:
-    """torch's switches that a variant wants."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = variant.cudnn_benchmark
-    # our rewrites name the kernel themselves; diffusers' processors leave it to torch
+def attention_of(variant: Variant) -> Iterator[None]:
+    """cuDNN's attention where a variant wants it and has not named the kernel itself, as our rewrites do."""
     ask = variant.cudnn_attention and not variant.rewrites and torch.cuda.is_available()
-    try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if ask else nullcontext():
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if ask else nullcontext():
+        yield
 
 
 def prepared(
@@ -184,28 +191,35 @@ def prepared(
             "cudnn" if variant.cudnn_attention and cuda else "default",
         )
         report = fuse_(cast(Any, model), options).to_dict()
-        print(report, flush=True)
+    step: nn.Module = NamedStep(model)
+    if variant.joined or variant.linears:
+        with torch.no_grad():
+            program = torch.export.export(step, (), dict(feeds))
+        report |= {"norms": join_norms_(program)} if variant.joined else {}
+        report |= {"linears": join_linears_(program)} if variant.linears else {}
+        step = program.module()
+    print(report, flush=True)
     torch.compiler.reset()
-    model.compile(fullgraph=True, dynamic=False, options=dict(variant.inductor))
-    with switched(variant), torch.inference_mode():
-        out = call_unet(model, feeds)
+    step.compile(fullgraph=True, dynamic=False, options=dict(variant.inductor))
+    with attention_of(variant), torch.inference_mode():
+        out = step(**feeds)
         for _ in range(2):
-            call_unet(model, feeds)
+            step(**feeds)
         if not cuda:
 
             def again() -> None:
                 with torch.inference_mode():
-                    out.copy_(call_unet(model, feeds))
+                    out.copy_(step(**feeds))
 
             return Step(again, feeds, {"out_sample": out}), report
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            call_unet(model, feeds)
+            step(**feeds)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = call_unet(model, feeds)
+            out = step(**feeds)
     return Step(graph.replay, feeds, {"out_sample": out}), report
 
 

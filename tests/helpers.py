@@ -89,11 +89,12 @@ def cayley_oracle(skew: Array) -> Array:
 
 
 def weight_oracle(weight: Tensor, adapters: Sequence[tuple[LayerAdapter, float]]) -> Array:
-    """`W0 + Σ s_k (diag(gain_k)·(W0·T_k + Δ_k) − W0)` from the dense members, in NumPy."""
+    """`W0 + Σ s_k (diag(gain_k)·(U_kᵀ·W0·T_k + Δ_k) − W0)` from the dense members, in NumPy."""
     w0 = weight.detach().double().numpy()
     result = w0.copy()
     for adapter, strength in adapters:
-        whole = w0 @ adapter.transform.matrix().detach().double().numpy()
+        whole = adapter.output_transform.matrix().detach().double().numpy().T @ w0
+        whole = whole @ adapter.transform.matrix().detach().double().numpy()
         whole = whole + adapter.residual.delta().detach().double().numpy()
         result += strength * (gain_oracle(adapter, whole)[:, None] * whole - w0)
     return result
@@ -110,7 +111,7 @@ def bias_oracle(bias: Tensor, adapters: Sequence[tuple[LayerAdapter, float]]) ->
 
 
 def gain_oracle(adapter: LayerAdapter, whole: Array | None) -> Array:
-    """The gains, row by row, of a magnitude on the weight `W0·T + Δ`."""
+    """The gains, row by row, of a magnitude on the weight `Uᵀ·W0·T + Δ`."""
     tensors = {name: tensor.detach().double().numpy() for name, tensor in adapter.magnitude.named_parameters()}
     kind = adapter.spec.magnitude.type
     if kind == "norm":
@@ -224,6 +225,7 @@ TRANSFORMS = [
     Member({"type": "block_orthogonal", "block_size": 9, "shared": True}, parameters=36),
     Member({"type": "butterfly", "block_size": 5, "factors": 1}, parameters=9 * 10),
     Member({"type": "householder", "rank": 4}, False, False, 4 * 45),
+    Member({"type": "low_rank", "rank": 3, "alpha": 7.0}, parameters=2 * 3 * 45),
     Member({"type": "tensor_ring", "order": 3, "rank": [2, 8, 2], "modes": [5, 3, 3]}, True, False, 544 + 36),
     Member(
         {"type": "tensor_ring", "order": 4, "rank": [2, 3, 1, 4], "modes": [3, 1, 5, 3]},
@@ -271,11 +273,31 @@ MAGNITUDES = [
 """Every registered magnitude."""
 
 
+OUTPUT_TRANSFORMS = [
+    Member({"type": "diagonal"}, parameters=28),
+    Member({"type": "block_orthogonal", "block_size": 7}, parameters=4 * 21),
+    Member({"type": "block_orthogonal", "block_size": 4, "shared": True}, parameters=6),
+    Member({"type": "butterfly", "block_size": 2, "factors": 2}, parameters=2 * 14),
+    Member({"type": "householder", "rank": 2}, False, False, 2 * 28),
+    Member({"type": "low_rank", "rank": 3, "alpha": None}, parameters=2 * 3 * 28),
+    Member({"type": "tensor_ring", "order": 2, "rank": [2, 3], "modes": [4, 7]}, False, False, (16 + 49) * 6),
+]
+"""Every transform that is not the identity, on the outputs."""
+
+
 def spec_of(
-    transform: Member | None = None, residual: Member | None = None, magnitude: Member | None = None
+    transform: Member | None = None,
+    residual: Member | None = None,
+    magnitude: Member | None = None,
+    output_transform: Member | None = None,
 ) -> AdapterSpec:
     """The adapter spec of some members; None is the trivial one."""
-    parts = {"transform": transform, "residual": residual, "magnitude": magnitude}
+    parts = {
+        "transform": transform,
+        "residual": residual,
+        "magnitude": magnitude,
+        "output_transform": output_transform,
+    }
     return AdapterSpec.from_dict({part: member.fields for part, member in parts.items() if member is not None})
 
 
@@ -285,9 +307,10 @@ def adapter_of(
     seed: int = 0,
     magnitude: Member | None = None,
     weight: Tensor | None = None,
+    output_transform: Member | None = None,
 ) -> LayerAdapter:
     """The adapter `IN → OUT` at its start, float32."""
-    spec = spec_of(transform, residual, magnitude)
+    spec = spec_of(transform, residual, magnitude, output_transform)
     return LayerAdapter.from_spec(spec, IN, OUT, torch.Generator().manual_seed(seed), weight)
 
 

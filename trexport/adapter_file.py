@@ -37,6 +37,9 @@ class _Shapes:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         return self.shapes
 
+    def addable(self) -> None:
+        return None
+
 
 def factored_of(artifact: Artifact) -> Factored:
     """The slots and the plan of a factored artifact.

@@ -13,7 +13,7 @@ from trexport.hashing import sha256_of_file
 from trexport.manifest import MODEL_NAME, Manifest
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
-from trexport.models.pipeline import Pipeline, open_pipeline
+from trexport.models.pipeline import Pipeline, open_pipeline, text_encoders_of
 from trexport.progress import SILENT, Progress
 
 ADAPTED_NAME = "adapted.safetensors"
@@ -35,7 +35,7 @@ class Artifact:
         Raises:
             ArtifactError: this artifact is no ONNX model.
         """
-        beside = self.manifest.components  # of a pipeline, the UNet is meant
+        beside = self.manifest.components  # of a pipeline, what denoises is meant
         models = [n for n in self.manifest.files if Path(n).name == MODEL_NAME and Path(n).parent.name not in beside]
         if len(models) != 1:
             raise ArtifactError(f"{self.folder}: a {self.manifest.kind!r} artifact, expected one with an ONNX model")
@@ -60,7 +60,7 @@ class Artifact:
 
     @property
     def model_folder(self) -> Path:
-        """Where the UNet's model lies, and what belongs to it."""
+        """Where the model lies, and what belongs to it."""
         if self.manifest.kind == "engine":
             return (self.folder / self.engine_record.file).parent
         return self.onnx_path.parent
@@ -96,7 +96,7 @@ class Artifact:
             opened = open_base(base or manifest.base.name)
             names = adapters or [adapter.name for adapter in manifest.adapters]
             arguments = [f"{name}={record.strength!r}" for name, record in zip(names, manifest.adapters, strict=True)]
-            bound = open_adapters(arguments, opened)
+            bound = open_adapters(arguments, opened, lambda: self._encoders(opened))
         except TrexportError as error:
             raise ArtifactError(
                 f"{self.folder}: what it was made from is not found: {error}; say where it is with --base and --adapter"
@@ -129,6 +129,13 @@ class Artifact:
                 )
         assert pipeline is not None
         return pipeline
+
+    def _encoders(self, base: Base) -> dict[str, Base] | None:
+        """The text encoders that the adapters are on as well, None where none of this artifact holds any."""
+        records = (*self.manifest.components.values(), *self.manifest.text_encoders.values())
+        if not any(record.adapters for record in records):
+            return None
+        return text_encoders_of(base)
 
     def _check_base(self, base: Base, progress: Progress) -> None:
         if base.content_hash(progress) != self.manifest.base.content_hash:
@@ -163,4 +170,11 @@ def open_artifact(folder: str | Path, *, verify: bool = True, progress: Progress
             artifact.manifest.weights_hash
         ):
             raise ArtifactError(f"{path}: the weights changed, their hash is not the manifest's; merge again")
+        for name, record in artifact.manifest.text_encoders.items():
+            pipeline = open_pipeline(open_base(str(path)))
+            source = None if pipeline is None else pipeline.text_encoders.get(name)
+            if source is None or source.content_hash() != record.weights_hash:
+                raise ArtifactError(
+                    f"{path / name}: the weights changed, their hash is not the manifest's; merge again"
+                )
     return artifact

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
-from torch import Tensor
 
+from trexport.as_lora import LayerConversion, full_path, pairs_of
 from trexport.errors import TrexportError, UsageError
-from trexport.formats import read_adapter
+from trexport.formats import left_out, read_adapter
 from trexport.formats.writers import WRITERS, Pair
 from trexport.models.adapters import adapter_path, split_strength
 from trexport.models.base import Base
-from trlora import Adapter, CheckpointError, LayerAdapter, LayerParts, save_adapter
-from trlora.layers import weight_change
+from trexport.restoring import is_adapter_file, restored_adapter
+from trlora import save_adapter
 
 TRLORA = "trlora"
 TARGETS = (TRLORA, *WRITERS)
-
-
-@final
-@dataclass(frozen=True)
-class LayerConversion:
-    """What became of a layer."""
-
-    path: str
-    rank: int
-    relative_error: float
-    """`‖Δ − Δ_r‖_F / ‖Δ‖_F`, Δ what the adapter makes of the layer's weight; 0 where it is exact."""
-    norm: float
-    """`‖Δ‖_F`."""
 
 
 @final
@@ -77,7 +64,8 @@ def convert(
     the best approximation of that rank, by a singular value decomposition of what the adapter does to the weight.
 
     Args:
-        argument: `ADAPTER[=STRENGTH]`; a LoRA has no strength of its own, so it is multiplied in.
+        argument: `ADAPTER[=STRENGTH]`, or an adapter file of ONNX Runtime that trexport wrote; a LoRA has no strength of
+            its own, so it is multiplied in.
         to: one of `TARGETS`.
         base: the weights, without which a transform cannot be expressed.
         rank: the greatest rank.
@@ -92,7 +80,8 @@ def convert(
     if to not in TARGETS:
         raise UsageError(f"--to {to}: expected one of {', '.join(TARGETS)}")
     name, strength = split_strength(argument)
-    adapter = read_adapter(adapter_path(name))
+    source = adapter_path(name)
+    adapter = restored_adapter(source) if is_adapter_file(source) else read_adapter(source)
     if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists; choose another name, or pass --overwrite")
     chosen = adapter.config.strength if strength is None else strength
@@ -101,18 +90,26 @@ def convert(
             raise UsageError("--rank and --max-error are for a LoRA of others; trlora's own form is exact")
         if not dry_run:
             save_adapter(adapter.with_strength(chosen), out, overwrite=overwrite)
-        done = tuple(LayerConversion(path, 0, 0.0, 0.0) for path in adapter.layers)
-        return Conversion(adapter.format, to, done, adapter.notes)
+        models = {"": adapter, **adapter.components}.items()
+        done = tuple(
+            LayerConversion(full_path(model, path), 0, 0.0, 0.0) for model, part in models for path in part.layers
+        )
+        return Conversion(adapter.format, to, done, ())
     writer = WRITERS[to]
     if writer.single_file and out.suffix != ".safetensors":
         raise UsageError(f"{out}: --to {to} is one file, expected a name that ends in .safetensors")
-    weights = _weights(adapter, base)
-    pairs: dict[str, Pair] = {}
+    taken = adapter.components if writer.text_encoders else {}
+    notes = (left_out(adapter.components),) if adapter.components and not writer.text_encoders else ()
+    pairs: dict[str, dict[str, Pair]] = {}
     layers: list[LayerConversion] = []
-    for path, parts in adapter.layers.items():
-        pairs[path], layer = _pair(path, parts, chosen, weights.get(path), rank, dtype)
-        layers.append(layer)
-    found = Conversion(adapter.format, to, tuple(layers), adapter.notes)
+    for model, part in {"": adapter, **taken}.items():
+        pairs[model], done = pairs_of(model, part, chosen, base, rank, dtype)
+        layers += done
+    if not layers:
+        raise UsageError(
+            f"nothing for the UNet or transformer inside, and --to {to} has no place for what is: {', '.join(notes)}"
+        )
+    found = Conversion(adapter.format, to, tuple(layers), notes)
     if max_error is not None and found.relative_error > max_error:
         worst = max(layers, key=lambda layer: layer.relative_error)
         raise TrexportError(
@@ -120,105 +117,8 @@ def convert(
             f"with {worst.relative_error:.3g}: give a greater --rank"
         )
     if not dry_run:
-        writer(out, pairs, adapter.metadata, overwrite=overwrite)
+        writer(out, pairs.pop(""), pairs, adapter.metadata, overwrite=overwrite)
     return found
-
-
-def _weights(adapter: Adapter, base: Base | None) -> dict[str, Callable[[], Tensor]]:
-    """How to read the weights of the adapted layers, where there is a base.
-
-    Raises:
-        CheckpointError: the adapter does not fit the base.
-    """
-    if base is None:
-        return {}
-    adapter.bind(base.weight_shapes())
-    files = {entry.name: file for file in base.weights for entry in file.entries}
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: files[name].tensor(name)
-
-    return {path: reader(f"{path}.weight") for path in adapter.layers}
-
-
-def _pair(
-    path: str,
-    parts: LayerParts,
-    strength: float,
-    weight: Callable[[], Tensor] | None,
-    rank: int | None,
-    dtype: torch.dtype,
-) -> tuple[Pair, LayerConversion]:
-    """A layer as a LoRA, and what that costs."""
-    low_rank_is_all = parts.transform is None and parts.magnitude is None and parts.residual is not None
-    w0 = None if weight is None else weight()
-    kernel = _kernel_of(path, parts, w0)
-    with torch.no_grad():
-        if low_rank_is_all:
-            assert parts.residual is not None
-            left, right = (factor.double() for factor in parts.residual.double().low_rank())
-            left = left * strength
-        else:
-            if w0 is None:
-                raise UsageError(f"{path}: its transform or magnitude depends on the weight; give --base")
-            left, right = _change(parts.on(tuple(w0.shape)), w0, strength)
-        norm = float(_norm(left, right))
-        exact = left.shape[1]
-        if low_rank_is_all and (rank is None or exact <= rank):
-            error = 0.0
-        else:
-            if rank is None:
-                raise UsageError(f"{path}: no LoRA of a small rank is equal to it; give --rank")
-            left, right = _truncated(left, right, rank)
-            kept = float(_norm(left, right))
-            error = math.sqrt(max(0.0, norm**2 - kept**2)) / norm if norm else 0.0
-    down = right.T.reshape(right.shape[1], right.shape[0] // math.prod(kernel), *kernel)
-    up = left.reshape(*left.shape, *(1 for _ in kernel))
-    pair = Pair(down.to(dtype).contiguous(), up.to(dtype).contiguous())
-    for tensor in (pair.down, pair.up):
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: not finite in {str(dtype).removeprefix('torch.')}; choose another --dtype")
-    return pair, LayerConversion(path, pair.rank, error, norm)
-
-
-def _change(adapter: LayerAdapter, weight: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """What an adapter does to a weight, (out, in) and the identity: Δ·I."""
-    change = weight_change(weight.double(), [(adapter.double(), strength)], torch.float64)
-    flat = weight.flatten(1).double()
-    change = torch.zeros_like(flat) if change is None else change.flatten(1)
-    return change, torch.eye(flat.shape[1], dtype=torch.float64)
-
-
-def _norm(left: Tensor, right: Tensor) -> Tensor:
-    """`‖left·rightᵀ‖_F` without the product."""
-    return ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
-
-
-def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors of a rank, by singular values (Eckart and Young); the singular values shared evenly."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right)
-    u, sizes, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    root = sizes[:rank].sqrt()
-    return q_left @ (u[:, :rank] * root), q_right @ (vh[:rank].T * root)
-
-
-_LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", "linear_2")
-
-
-def _kernel_of(path: str, parts: LayerParts, weight: Tensor | None) -> tuple[int, ...]:
-    """The kernel of the layer's convolution, () of a linear layer.
-
-    Raises:
-        UsageError: neither the adapter, nor the base, nor the name tells.
-    """
-    if weight is not None:
-        return tuple(weight.shape[2:])
-    if parts.kernel is not None and None not in parts.kernel:
-        return tuple(int(size) for size in parts.kernel if size is not None)
-    if parts.kernel is None and path.endswith(tuple(f".{name}" for name in _LINEAR)):
-        return ()
-    raise UsageError(f"{path}: a linear layer or a convolution? The adapter does not tell; give --base")
 
 
 def summary(conversion: Conversion) -> Mapping[str, object]:

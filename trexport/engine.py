@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,23 @@ from trexport.errors import UsageError
 from trexport.graph.engine_graph import engine_graph
 from trexport.graph.ops.slots import banked
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, Dtype, ModelSpec, TensorSpec, default_sizes, downscale_of
+from trexport.io_spec import BYTES_OF, Axis, Dtype, ModelSpec, TensorSpec, parts_of
 from trexport.manifest import BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import default_sizes, limits_of
 from trexport.models.base import Base, open_base
+from trexport.models.model import DTYPES, beside_weights, layers_of
 from trexport.models.sample import sample_of
-from trexport.models.unet import DTYPES, layers_of, scaled_biases
 from trexport.pristine import copy_of, stored_weights
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
 
-UNET_FOLDER = "unet"
 BUILD_NAME = "build.json"
 
 
 def usual_sizes(artifact: Artifact, base: Base) -> dict[str, int]:
-    """A size for every axis: what the artifact fixes, the UNet's own for the rest, and a sample's own number of tokens."""
+    """A size for every axis: what the artifact fixes, the model's own for the rest, and a sample's own number of tokens."""
     sizes = default_sizes(base.config)
     sample = sample_of(base)
     if sample is not None:
@@ -57,7 +58,8 @@ def build_engine(
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> tuple[Manifest, BuildReport] | None:
-    """Build `OUT/unet/<engine>` with `config.json`, `OUT/build.json`, what the builder did, and `OUT/trexport.json`.
+    """Build `OUT/unet/<engine>` (or `transformer`, … as the architecture says) with `config.json`, `OUT/build.json`, what
+    the builder did, and `OUT/trexport.json`.
 
     The engine has the artifact's form: merged weights are in it; of a factored artifact or a bank, strengths and cores are
     inputs; of a swappable one, the adapted weights can be replaced, and lie beside it as they are before any adapter.
@@ -87,17 +89,17 @@ def build_engine(
         return None
     takes_adapters = manifest.factored is not None or manifest.swappable is not None
     with atomic_folder(out, overwrite=overwrite) as folder:
-        unet = folder / UNET_FOLDER
-        unet.mkdir()
-        record, report = backend.build(source, unet, options, progress=progress)
+        inner = folder / base.architecture.folder
+        inner.mkdir()
+        record, report = backend.build(source, inner, options, progress=progress)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
-        _write_json(unet / "config.json", config, sort_keys=True)
+        _write_json(inner / "config.json", config, sort_keys=True)
         _write_json(folder / BUILD_NAME, report.to_dict())
-        _copy_pipeline(artifact, folder)
+        _copy_pipeline(artifact, inner.name, folder)
         if manifest.swappable is not None:
             pristine = pristine_weights(artifact)
             pristine |= neighbours(base, record, pristine, manifest.dtype)
-            safetensors.torch.save_file(pristine, unet / ADAPTED_NAME)
+            safetensors.torch.save_file(pristine, inner / ADAPTED_NAME)
         layers: dict[str, tuple[int, ...]] = {}
         if takes_adapters:
             shapes = layer_shapes(artifact)
@@ -105,7 +107,7 @@ def build_engine(
         elif options.refit is not None:  # what a refit has to set back
             shapes = base.weight_shapes()
             layers = {path: shapes[path] for path in layers_of(adapters)}
-        fields = record.to_dict() | {"file": f"{UNET_FOLDER}/{record.file}"}
+        fields = record.to_dict() | {"file": f"{inner.name}/{record.file}"}
         fields["layers"] = {path: list(shape) for path, shape in layers.items()}
         with progress.task("hash"):
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -133,21 +135,25 @@ def build_engine(
 
 
 def check_weights_only(base: Base, adapters: Sequence[BoundAdapter]) -> None:
-    """Raises `UsageError` for adapters that change a bias: a refit sets weights."""
-    biases = scaled_biases(base, adapters)
-    if biases:
+    """Raises `UsageError` for adapters that change a bias or a normalisation: a refit sets weights."""
+    others = beside_weights(base, adapters)
+    if others:
         raise UsageError(
-            f"{biases[0]}: an adapter scales it, as (IA)³ does outside of feed-forward layers, and a refit sets weights "
+            f"{others[0]}: an adapter changes it, as (IA)³ does outside of feed-forward layers, and a refit sets weights "
             "only: build without --refit"
         )
 
 
 def _check_multiples(options: EngineOptions, base: Base) -> None:
-    multiple = downscale_of(base.config)
-    for profile in options.profiles:
-        for axis in ("height", "width"):
-            if any(sizes[axis] % multiple for sizes in (profile.min, profile.opt, profile.max)):
-                raise UsageError(f"profile {profile}: {axis} must be a multiple of {multiple} for this UNet")
+    for axis, limit in limits_of(base.config).items():
+        for profile in options.profiles:
+            sizes = [sizes[axis] for sizes in (profile.min, profile.opt, profile.max)]
+            if any(size % limit.multiple for size in sizes):
+                raise UsageError(
+                    f"profile {profile}: {axis} must be a multiple of {limit.multiple} for this {base.architecture.noun}"
+                )
+            if limit.most is not None and max(sizes) > limit.most:
+                raise UsageError(f"profile {profile}: {axis} must be {limit.most} at most for this model")
 
 
 def default_profile(artifact: Artifact, base: Base) -> Profile:
@@ -183,12 +189,16 @@ def _fixed_by(io: ModelSpec, profiles: Sequence[Profile]) -> ModelSpec:
     }
 
     def fix(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        return tuple(
-            TensorSpec(t.name, t.dtype, tuple(fixed.get(a, a) if isinstance(a, str) else a for a in t.axes))
-            for t in tensors
-        )
+        return tuple(TensorSpec(t.name, t.dtype, tuple(_fixed(a, fixed) for a in t.axes)) for t in tensors)
 
-    return ModelSpec(fix(io.inputs), fix(io.outputs))
+    return replace(io, inputs=fix(io.inputs), outputs=fix(io.outputs), fixed={**io.fixed, **fixed})
+
+
+def _fixed(axis: Axis, sizes: Mapping[str, int]) -> Axis:
+    if isinstance(axis, int):
+        return axis
+    name, times, over = parts_of(axis)
+    return sizes[name] * times // over if name in sizes else axis
 
 
 def source_for(
@@ -201,14 +211,14 @@ def source_for(
     """
     manifest = artifact.manifest
     if backend.builds_from is TorchModel:
-        if manifest.kind == "unet":
+        if manifest.kind == "dense":
             return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
-        timestep = next(tensor for tensor in manifest.io.inputs if tensor.name == "timestep")
+        timestep = next((tensor.axes for tensor in manifest.io.inputs if tensor.name == "timestep"), ())
         merged = () if manifest.swappable is not None else adapters
-        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep.axes))
+        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep))
     if manifest.kind != "onnx":
         raise UsageError(
-            f"{artifact.folder}: a UNet for torch; {backend.name} builds from an artifact of trexport onnx"
+            f"{artifact.folder}: a model for torch; {backend.name} builds from an artifact of trexport onnx"
         )
     constants: dict[str, Tensor] = {}
     if manifest.factored is not None:
@@ -223,10 +233,10 @@ def source_for(
     return OnnxFile(artifact.onnx_path, manifest.io, constants, graph)
 
 
-def _copy_pipeline(artifact: Artifact, folder: Path) -> None:
+def _copy_pipeline(artifact: Artifact, own: str, folder: Path) -> None:
     """What else a whole pipeline needs: its other models, tokenizers, scheduler."""
     for name in artifact.manifest.files:
-        if artifact.manifest.kind == "onnx" and Path(name).parts[0] != UNET_FOLDER:
+        if artifact.manifest.kind == "onnx" and Path(name).parts[0] != own:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact.folder / name, target)

@@ -19,8 +19,10 @@ from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import MANIFEST_NAME
 from trexport.models.adapters import adapter_path
+from trexport.models.architectures import FOLDERS, class_of
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
+from trexport.restoring import is_adapter_file, restored_adapter
 from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
@@ -42,7 +44,7 @@ class Inspection:
 
 
 def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
-    """Recognise and describe an adapter, a UNet or pipeline, an ONNX model, or an artifact of trexport.
+    """Recognise and describe an adapter, a base model or pipeline, an ONNX model, or an artifact of trexport.
 
     Args:
         name: a path, or a `sample:` or `random:` name.
@@ -64,6 +66,8 @@ def inspect(name: str, *, progress: Progress = SILENT) -> Inspection:
         head = stream.read(16)
     if _is_safetensors(path):
         return _safetensors(name, path)
+    if is_adapter_file(path):
+        return _described(name, path, restored_adapter(path))
     if head[:1] == b"\x08":  # the first field of an ONNX ModelProto, ir_version
         return _onnx(name, path)
     if path.suffix == ".safetensors":
@@ -77,14 +81,17 @@ def _folder(name: str, path: Path, progress: Progress) -> Inspection:
     alone = len(list(path.glob("*.safetensors"))) == 1 and not (path / "config.json").is_file()
     if (path / CONFIG_NAME).is_file() or (path / WEIGHTS_NAME).is_file() or (alone and is_adapter(path)):
         return _adapter(name, path)
-    for model in (path / "unet" / "model.onnx", path / "model.onnx"):
+    for model in (*(path / folder / "model.onnx" for folder in FOLDERS), path / "model.onnx"):
         if model.is_file():
             return _onnx(name, model)
     return _unet(name, progress)
 
 
 def _adapter(name: str, path: Path) -> Inspection:
-    adapter = read_adapter(path)
+    return _described(name, path, read_adapter(path))
+
+
+def _described(name: str, path: Path, adapter: Adapter) -> Inspection:
     config = adapter.config
     facts = {
         "format": adapter.format,
@@ -94,11 +101,12 @@ def _adapter(name: str, path: Path) -> Inspection:
         "overrides": len(config.overrides),
         "strength": config.strength,
         "layers": len(adapter.layers),
+        "offsets": len(adapter.offsets),
         "parameters": adapter.parameters,
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
         "looks_like": looks_like(widths_of(adapter.layers)),
-        "left_out": list(adapter.notes),
+        "components": {name: len(part.layers) for name, part in adapter.components.items()},
         "carried": _carried(adapter),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }
@@ -108,16 +116,19 @@ def _adapter(name: str, path: Path) -> Inspection:
         shapes = " ".join("×".join(map(str, tensor.shape)) for tensor in tensors)
         inputs, outputs = ("any" if n is None else n for n in (parts.in_features, parts.out_features))
         rows.append((layer, f"{inputs} → {outputs}", sum(t.numel() for t in tensors), shapes))
+    rows += [(name, "offset", tensor.numel(), str(len(tensor))) for name, tensor in adapter.offsets.items()]
     return Inspection(name, "adapter", facts, ("layer", "features", "parameters", "tensors"), rows)
 
 
 def _carried(adapter: Adapter) -> dict[str, str]:
     """Form → whether an adapter can be in it, and why not."""
-    convolutions = sum(parts.kernel not in (None, ()) for parts in adapter.layers.values())
     biases = sum(parts.magnitude is not None and parts.magnitude.scales_bias for parts in adapter.layers.values())
+    if adapter.offsets:
+        no = f"no: {len(adapter.offsets)} biases and weights of normalisations change"
+        return {"merged": "yes", "factored": no, "swappable": no}
     return {
         "merged": "yes",
-        "factored": f"no: {convolutions} convolutions" if convolutions else "yes, of linear layers",
+        "factored": "yes",
         "swappable": f"no: the biases of {biases} layers change, where they have one" if biases else "yes",
     }
 
@@ -127,7 +138,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
     entries = [entry for file in base.weights for entry in file.entries]
     dtypes = Counter(entry.dtype for entry in entries)
     facts = {
-        "class": base.config.get("_class_name"),
+        "class": class_of(base.config),
         "parameters": sum(entry.size_bytes // _item(entry.dtype) for entry in entries),
         "size_bytes": base.size_bytes,
         "dtypes": dict(dtypes),
@@ -139,7 +150,7 @@ def _unet(name: str, progress: Progress) -> Inspection:
         "content_hash": base.content_hash(progress),
     }
     rows = [(entry.name, entry.dtype, "×".join(map(str, entry.shape)), entry.size_bytes) for entry in entries]
-    return Inspection(name, "unet", facts, ("tensor", "dtype", "shape", "bytes"), rows)
+    return Inspection(name, base.architecture.noun, facts, ("tensor", "dtype", "shape", "bytes"), rows)
 
 
 def _item(dtype: str) -> int:
@@ -153,7 +164,7 @@ def _artifact(name: str, path: Path, progress: Progress) -> Inspection:
     facts = artifact.manifest.to_dict()
     if artifact.manifest.kind == "engine":
         return _engine(name, artifact)
-    kind = {"unet": "merged UNet of trexport", "onnx": "ONNX artifact of trexport"}[artifact.manifest.kind]
+    kind = {"dense": f"merged {facts['io']['model']} of trexport", "onnx": "ONNX artifact of trexport"}[facts["kind"]]
     io = [*artifact.manifest.io.inputs, *artifact.manifest.io.outputs]
     rows = [(tensor.name, tensor.dtype, str(list(tensor.axes))) for tensor in io]
     del facts["kind"], facts["io"], facts["factored"], facts["swappable"]

@@ -42,12 +42,16 @@ class AdapterRecord:
     sha256: str
     layers: int
     parameters: int
+    offsets: int = 0
+    """Biases and weights of normalisations that it changes beside them."""
+    components: Mapping[str, int] = field(default_factory=dict)
+    """Layers that it is merged into in other models of the pipeline, by the component's name."""
 
 
 @final
 @dataclass(frozen=True)
 class ComponentRecord:
-    """One model of a pipeline beside its UNet, in an artifact's folder of its name."""
+    """One model of a pipeline beside the one that denoises, in an artifact's folder of its name."""
 
     class_name: str
     """Of the model that it comes from."""
@@ -60,15 +64,41 @@ class ComponentRecord:
     io: ModelSpec
     content_hash: str
     """Of the weights it was made from, as `BaseRecord.content_hash`; encoder and decoder of a VAE share them."""
+    adapters: tuple[AdapterRecord, ...] = ()
+    """That were merged into it."""
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {name: value for name, value in vars(self).items() if name not in ("class_name", "io")}
-        return {"class": self.class_name} | fields | {"io": self.io.to_dict()}
+        fields = {name: value for name, value in vars(self).items() if name not in ("class_name", "io", "adapters")}
+        adapters = [vars(adapter) for adapter in self.adapters]
+        return {"class": self.class_name} | fields | {"adapters": adapters, "io": self.io.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        rest = {name: value for name, value in fields.items() if name not in ("class", "io")}
-        return cls(class_name=fields["class"], io=ModelSpec.from_dict(fields["io"]), **rest)
+        rest = {name: value for name, value in fields.items() if name not in ("class", "io", "adapters")}
+        adapters = tuple(AdapterRecord(**entry) for entry in fields.get("adapters", ()))
+        return cls(class_name=fields["class"], io=ModelSpec.from_dict(fields["io"]), adapters=adapters, **rest)
+
+
+@final
+@dataclass(frozen=True)
+class EncoderRecord:
+    """A text encoder with adapters in its weights, in a merged pipeline's folder of its name."""
+
+    class_name: str
+    content_hash: str
+    """Of the weights it was made from, as `BaseRecord.content_hash`."""
+    weights_hash: str
+    """Of the merged ones."""
+    adapters: tuple[AdapterRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"class": self.class_name, "content_hash": self.content_hash, "weights_hash": self.weights_hash}
+        return fields | {"adapters": [vars(adapter) for adapter in self.adapters]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        adapters = tuple(AdapterRecord(**entry) for entry in fields["adapters"])
+        return cls(fields["class"], fields["content_hash"], fields["weights_hash"], adapters)
 
 
 @final
@@ -76,7 +106,8 @@ class ComponentRecord:
 class Manifest:
     """See the module."""
 
-    kind: Literal["unet", "onnx", "engine"]
+    kind: Literal["dense", "onnx", "engine"]
+    """A folder of weights for PyTorch, an ONNX model, or a compiled engine."""
     form: Literal["base", "merged", "factored", "swappable"]
     dtype: Dtype
     io: ModelSpec
@@ -85,7 +116,7 @@ class Manifest:
     files: Mapping[str, str]
     """File inside the artifact → SHA-256."""
     weights_hash: str | None = None
-    """Of a UNet's merged weights, as `BaseRecord.content_hash`."""
+    """Of a dense model's merged weights, as `BaseRecord.content_hash`."""
     opset: int | None = None
     opset_reason: str | None = None
     target_gpu: str | None = None
@@ -97,6 +128,8 @@ class Manifest:
     """Of a compiled engine, how it was built: see `trexport.backends.EngineRecord`."""
     components: Mapping[str, ComponentRecord] = field(default_factory=dict)
     """Of a whole pipeline, its other models by the names of their folders."""
+    text_encoders: Mapping[str, EncoderRecord] = field(default_factory=dict)
+    """Of a merged pipeline, the text encoders that adapters are in."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Of a whole pipeline, name → class of what was not exported."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -119,6 +152,7 @@ class Manifest:
             "swappable": self.swappable,
             "engine": self.engine,
             "components": {name: record.to_dict() for name, record in self.components.items()},
+            "text_encoders": {name: record.to_dict() for name, record in self.text_encoders.items()},
             "left_out": dict(self.left_out),
             "files": dict(sorted(self.files.items())),
             "versions": dict(self.versions),
@@ -127,7 +161,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         return cls(
-            kind=fields["kind"],
+            kind="dense" if fields["kind"] == "unet" else fields["kind"],  # when there were UNets only
             form=fields["form"],
             dtype=fields["dtype"],
             io=ModelSpec.from_dict(fields["io"]),
@@ -142,6 +176,7 @@ class Manifest:
             swappable=fields.get("swappable"),
             engine=fields.get("engine"),
             components={n: ComponentRecord.from_dict(entry) for n, entry in fields.get("components", {}).items()},
+            text_encoders={n: EncoderRecord.from_dict(entry) for n, entry in fields.get("text_encoders", {}).items()},
             left_out=fields.get("left_out", {}),
             versions=fields["versions"],
         )

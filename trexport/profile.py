@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Self, final
 
 from trexport.errors import UsageError
-from trexport.io_spec import FREE_AXES, ModelSpec, TensorSpec
+from trexport.io_spec import ModelSpec, TensorSpec, parts_of
 
 _HELP = (
-    "expected BATCHxHEIGHTxWIDTHxTOKENS, the least, the usual and the greatest with commas between them "
-    "(1x64x64x77,2x64x64x77,8x96x96x77; a single one fixes them), or the same by tensor "
-    "(sample=1x4x64x64,2x4x64x64,8x4x96x96;encoder_hidden_states=1x77x768,2x77x768,8x77x768)"
+    "expected {axes}, the least, the usual and the greatest with commas between them ({usual},{usual},{usual}; a single one "
+    "fixes them), or the same by tensor (sample=1x4x64x64,2x4x64x64,8x4x96x96)"
 )
 
 
 @final
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of the axes in `trexport.io_spec.FREE_AXES`: the least, those to be fastest at, the greatest."""
+    """Sizes of all the model's axes, in the architecture's order: the least, those to be fastest at, the greatest."""
 
     min: Mapping[str, int]
     opt: Mapping[str, int]
@@ -39,7 +38,7 @@ class Profile:
         return tensor.shape(self.min), tensor.shape(self.opt), tensor.shape(self.max)
 
     def __str__(self) -> str:
-        short = ["x".join(str(sizes[axis]) for axis in FREE_AXES) for sizes in (self.min, self.opt, self.max)]
+        short = ["x".join(str(sizes[axis]) for axis in self.opt) for sizes in (self.min, self.opt, self.max)]
         return short[1] if len(set(short)) == 1 else ",".join(short)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,29 +60,30 @@ def parse_profile(text: str, spec: ModelSpec, usual: Mapping[str, int]) -> Profi
 
     Args:
         spec: the inputs that the engine takes.
-        usual: a size for every axis.
+        usual: a size for every axis, in the order that sizes are written in.
 
     Raises:
         UsageError: not of that form, a tensor or shape that the model does not have, sizes that contradict each other, that
             the model fixes otherwise, or that do not grow from least to greatest.
     """
     found: list[dict[str, int]] = [{}, {}, {}]
+    help_text = _HELP.format(axes="x".join(axis.upper() for axis in usual), usual="x".join(map(str, usual.values())))
     if "=" in text:
         by_name = {tensor.name: tensor for tensor in spec.inputs}
         for part in text.split(";"):
             name, _, shapes = part.strip().partition("=")
             if name not in by_name:
                 raise UsageError(f"profile {text!r}: the model has no input {name!r}, it has {list(by_name)}")
-            for sizes, shape in zip(found, _three(shapes, text), strict=True):
+            for sizes, shape in zip(found, _three(shapes, text, help_text), strict=True):
                 _read(by_name[name], shape, sizes, text)
     else:
-        for sizes, shape in zip(found, _three(text, text), strict=True):
-            if len(shape) != len(FREE_AXES):
-                raise UsageError(f"profile {text!r}: {_HELP}")
-            sizes |= dict(zip(FREE_AXES, shape, strict=True))
-    least, best, most = ({axis: sizes.get(axis, usual[axis]) for axis in FREE_AXES} for sizes in found)
+        for sizes, shape in zip(found, _three(text, text, help_text), strict=True):
+            if len(shape) != len(usual):
+                raise UsageError(f"profile {text!r}: {help_text}")
+            sizes |= dict(zip(usual, shape, strict=True))
+    least, best, most = ({axis: sizes.get(axis, usual[axis]) for axis in usual} for sizes in found)
     fixed = spec.fixed_sizes()
-    for axis in FREE_AXES:
+    for axis in usual:
         if not 1 <= least[axis] <= best[axis] <= most[axis]:
             raise UsageError(
                 f"profile {text!r}: {axis} goes {least[axis]}, {best[axis]}, {most[axis]}; expected the least, the usual "
@@ -97,17 +97,17 @@ def parse_profile(text: str, spec: ModelSpec, usual: Mapping[str, int]) -> Profi
     return Profile(least, best, most)
 
 
-def _three(text: str, whole: str) -> list[tuple[int, ...]]:
+def _three(text: str, whole: str, help_text: str) -> list[tuple[int, ...]]:
     shapes = []
     for item in text.split(","):
         sizes = item.strip().split("x")
         if not all(size.isdecimal() for size in sizes):
-            raise UsageError(f"profile {whole!r}: {_HELP}")
+            raise UsageError(f"profile {whole!r}: {help_text}")
         shapes.append(tuple(int(size) for size in sizes))
     if len(shapes) == 1:
         shapes *= 3
     if len(shapes) != 3:
-        raise UsageError(f"profile {whole!r}: {len(shapes)} shapes, expected one or three; {_HELP}")
+        raise UsageError(f"profile {whole!r}: {len(shapes)} shapes, expected one or three; {help_text}")
     return shapes
 
 
@@ -119,5 +119,8 @@ def _read(tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], who
         if isinstance(axis, int):
             if size != axis:
                 raise UsageError(f"profile {whole!r}: {tensor.name} is {expected}, {list(shape)} found")
-        elif sizes.setdefault(axis, size) != size:
-            raise UsageError(f"profile {whole!r}: {axis} is {sizes[axis]} for one input and {size} for {tensor.name}")
+            continue
+        name, times, over = parts_of(axis)
+        own = size * over // times
+        if sizes.setdefault(name, own) != own or own * times // over != size:
+            raise UsageError(f"profile {whole!r}: {name} is {sizes[name]} for one input and {own} for {tensor.name}")

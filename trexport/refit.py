@@ -18,7 +18,7 @@ from trexport.io_spec import Dtype
 from trexport.manifest import Manifest
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import DTYPES, layers_of
+from trexport.models.model import DTYPES, layers_of
 from trexport.progress import SILENT, Progress
 from trlora import merge_layer
 from trlora.files import atomic_folder, check_free

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self, final
 
@@ -15,6 +15,11 @@ from trlora.layers import LayerAdapter
 from trlora.parts import LayerParts
 from trlora.spec import AdapterSpec
 
+OFFSET = ".offset"
+"""How the key of an offset ends, after the parameter's name."""
+COMPONENT = "/"
+"""What stands in a key after the name of another model of the pipeline."""
+
 
 @final
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class Adapter:
     source: str = "adapter"
     format: str = FORMAT
     """The format that it was read from."""
-    notes: tuple[str, ...] = ()
-    """What of its source is not in it."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What its source says of where it comes from: kohya's `ss_…`, ModelSpec's `modelspec.…`."""
+    offsets: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is added, times the strength, to parameters of one dimension, by name: biases and weights of normalisations."""
+    components: Mapping[str, Adapter] = field(default_factory=dict)
+    """What is for other models of the same pipeline, by the name that the pipeline has for each: `text_encoder`, …"""
 
     @classmethod
     def of(
@@ -39,18 +46,19 @@ class Adapter:
         base_model: BaseModel | None = None,
         source: str = "adapter",
         format: str = FORMAT,
-        notes: tuple[str, ...] = (),
         metadata: Mapping[str, str] | None = None,
+        offsets: Mapping[str, Tensor] | None = None,
+        components: Mapping[str, Adapter] | None = None,
     ) -> Self:
         """An adapter of layers that are described each by itself: the commonest description becomes the config's default, so
         that it says once what holds for most."""
         counts: dict[AdapterSpec, int] = {}
         for parts in layers.values():
             counts[parts.spec] = counts.get(parts.spec, 0) + 1
-        default = max(counts, key=lambda spec: counts[spec])
+        default = max(counts, key=lambda spec: counts[spec], default=AdapterSpec.from_dict({}))
         overrides = {path: parts.spec for path, parts in layers.items() if parts.spec != default}
         config = AdapterConfig(default, overrides, strength, base_model or BaseModel())
-        return cls(config, layers, source, format, notes, metadata or {})
+        return cls(config, layers, source, format, metadata or {}, offsets or {}, components or {})
 
     def with_strength(self, strength: float) -> Self:
         """The same at another strength of its own."""
@@ -67,18 +75,40 @@ class Adapter:
         for path, parts in self.layers.items():
             for part, member in parts.members.items():
                 result |= {f"{path}.{part}.{key}": tensor for key, tensor in member.state_dict().items()}
+        result |= {f"{name}{OFFSET}": tensor for name, tensor in self.offsets.items()}
+        for component, part in self.components.items():
+            result |= {f"{component}{COMPONENT}{key}": tensor for key, tensor in part.tensors().items()}
         return result
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerAdapter]:
+    def bind(
+        self, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, LayerAdapter]:
         """The layer adapters for a base whose layers have weights of `shapes`: module path → (out, in), or of a convolution
         (out, in/groups, height, width).
 
         Every tensor is bound to a layer or this fails, so that no adapter silently does nothing.
 
+        Args:
+            parameters: all parameters of the base with their shapes, from who adds the `offsets` to them; None from who does
+                not.
+
         Raises:
-            CheckpointError: a module that the base does not have, or one of another shape.
+            CheckpointError: a module or parameter that the base does not have, or one of another shape; offsets that nobody
+                adds.
         """
+        if self.offsets and parameters is None:
+            first = sorted(self.offsets)[0]
+            raise CheckpointError(
+                f"{self.source}: changes {len(self.offsets)} biases and weights of normalisations ({first} first), which "
+                "are added to the base and are no part of layers that adapters come to and go from: merge it"
+            )
         problems: list[str] = []
+        for name, offset in self.offsets.items():
+            found = None if parameters is None else parameters.get(name)
+            if found is None:
+                problems.append(f"{name}: the base has no such parameter")
+            elif found != tuple(offset.shape):
+                problems.append(f"{name}: the offset has shape {tuple(offset.shape)}, the base's parameter {found}")
         bound: dict[str, LayerAdapter] = {}
         for path, parts in self.layers.items():
             if path not in shapes:
@@ -90,8 +120,9 @@ class Adapter:
                 problems.append(f"{path}: {error}")
         if problems:
             path, _, reason = problems[0].partition(":")
-            hint = "" if path in shapes else nearest(path, shapes)
-            others = _more(problems, self.layers)
+            known = parameters or {} if path in self.offsets else shapes
+            hint = "" if path in known else nearest(path, known)
+            others = _more(problems, [*self.layers, *self.offsets])
             raise CheckpointError(f"{self.source}: does not fit the base: {path}:{reason}{hint}{others}")
         return bound
 
@@ -100,7 +131,7 @@ _SHOWN = 10
 """Problems that a message lists; all are counted."""
 
 
-def _more(problems: list[str], layers: Mapping[str, LayerParts]) -> str:
+def _more(problems: list[str], layers: Sequence[str]) -> str:
     """The problems after the first, where there are any."""
     if len(problems) == 1:
         return ""

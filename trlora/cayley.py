@@ -39,6 +39,14 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(eye - q, eye + q, left=False).to(skew.dtype)
 
 
+def inverse_cayley(matrices: Tensor) -> Tensor:
+    """The skew matrices whose Cayley map orthogonal matrices (…, b, b) are, `Q = (O + I)⁻¹(O − I)`, its skew part; NaN or
+    Inf for one that turns something by half a circle, which no Cayley map does."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    skew, _ = torch.linalg.solve_ex(matrices + eye, matrices - eye)
+    return (skew - skew.transpose(-1, -2)) / 2
+
+
 def cayley_series(skew: Tensor, terms: int) -> Tensor:
     """The Cayley map with its inverse cut off as a Neumann series, `I + 2Q + 2Q² + … + Q^(terms−1)`: nearly orthogonal.
 

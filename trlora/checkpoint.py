@@ -1,14 +1,17 @@
 """Adapter checkpoints, format version 1: safetensors and JSON, nothing ever unpickled.
 
 A folder with `adapter_model.safetensors` and `adapter_config.json`, or one `.safetensors` file whose header metadata key
-`trlora` holds the same JSON. Keys are `<module>.transform.<tensor>`, `<module>.residual.<tensor>` and
-`<module>.magnitude.<tensor>`.
+`trlora` holds the same JSON. Keys are `<module>.transform.<tensor>`, `<module>.residual.<tensor>`,
+`<module>.magnitude.<tensor>` and `<module>.output_transform.<tensor>`; `<module>.bias.offset` and
+`<module>.weight.offset` are what is added to biases and to the weights of normalisations. What is for another model of the
+same pipeline has its name before it: `text_encoder/<module>.residual.<tensor>`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trlora.adapter import Adapter
+from trlora.adapter import COMPONENT, OFFSET, Adapter
 from trlora.config import FORMAT, AdapterConfig
 from trlora.errors import CheckpointError, TrloraError, nearest
 from trlora.files import atomic_file, atomic_folder
@@ -26,6 +29,7 @@ from trlora.spec import PARTS
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+_OFFSETS = (f".bias{OFFSET}", f".weight{OFFSET}")
 
 
 def save_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False) -> None:
@@ -40,17 +44,17 @@ def save_adapter(adapter: Adapter, path: str | Path, *, overwrite: bool = False)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.tensors().items()}
     for key, tensor in tensors.items():
         check_tensor(key, tensor)
-    text = json.dumps(adapter.config.to_dict(), indent=2)
+    config = replace(adapter.config, components={name: part.config for name, part in adapter.components.items()})
     if target.suffix == ".safetensors":
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists; choose another name, or pass overwrite=True")
         with atomic_file(target) as temporary:
-            own = {FORMAT: json.dumps(adapter.config.to_dict())}
+            own = {FORMAT: json.dumps(config.to_dict())}
             safetensors.torch.save_file(tensors, temporary, metadata={**adapter.metadata, **own})
         return
     with atomic_folder(target, overwrite=overwrite) as folder:
         safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata=dict(adapter.metadata) or None)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -70,10 +74,38 @@ def load_adapter(path: str | Path) -> Adapter:
     tensors, metadata = read_safetensors(weights)
     try:
         config = AdapterConfig.from_dict(_read_config(source, metadata))
-        layers = _layers_from_tensors(tensors, config)
+        by_model: dict[str, dict[str, Tensor]] = {"": {}}
+        for key, tensor in tensors.items():
+            check_tensor(key, tensor)
+            component, _, rest = key.rpartition(COMPONENT)
+            by_model.setdefault(component, {})[rest] = tensor
+        for name in {*by_model, *config.components} - {""}:
+            if name not in config.components or name not in by_model:
+                lacking = "config" if name in by_model else "file"
+                raise CheckpointError(f"{name}{COMPONENT}: this model of the pipeline is missing in the {lacking}")
+        components = {
+            name: _adapter(by_model[name], part, f"{path}: {name}", {}) for name, part in config.components.items()
+        }
+        adapter = _adapter(by_model[""], config, str(path), provenance(metadata), alone=not components)
     except TrloraError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Adapter(config, layers, str(path), metadata=provenance(metadata))
+    return replace(adapter, components=components)
+
+
+def _adapter(
+    tensors: dict[str, Tensor], config: AdapterConfig, source: str, metadata: Mapping[str, str], *, alone: bool = True
+) -> Adapter:
+    """What is for one model.
+
+    Args:
+        alone: whether there has to be something for it.
+    """
+    offsets = {key.removesuffix(OFFSET): tensors.pop(key) for key in list(tensors) if key.endswith(_OFFSETS)}
+    for name, tensor in offsets.items():
+        if tensor.ndim != 1:
+            raise CheckpointError(f"{name}{OFFSET}: shape {tuple(tensor.shape)} found, expected one dimension")
+    layers = _layers_from_tensors(tensors, config, empty=bool(offsets) or not alone)
+    return Adapter(replace(config, components={}), layers, source, metadata=metadata, offsets=offsets)
 
 
 def provenance(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -127,13 +159,12 @@ def why_no_safetensors(file: Path, error: Exception) -> str:
     return f"corrupt or truncated safetensors ({error}); fetch it again"
 
 
-def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, LayerParts]:
+def _layers_from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig, *, empty: bool) -> dict[str, LayerParts]:
     by_layer: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        check_tensor(key, tensor)
         path, part, name = _split_key(key)
         by_layer.setdefault(path, {part: {} for part in PARTS})[part][name] = tensor
-    if not by_layer:
+    if not by_layer and not empty:
         raise CheckpointError("no tensors inside, expected at least one layer")
     for path in config.overrides:
         if path not in by_layer:

@@ -48,6 +48,8 @@ class AdapterConfig:
     overrides: Mapping[str, AdapterSpec] = field(default_factory=dict)
     strength: float = 1.0
     base_model: BaseModel = field(default_factory=BaseModel)
+    components: Mapping[str, AdapterConfig] = field(default_factory=dict)
+    """Of other models of the pipeline, by name: their defaults and overrides; the rest is that of the whole."""
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
@@ -62,23 +64,29 @@ class AdapterConfig:
             raise SpecError(
                 f"format_version {version} found, this trlora reads up to {FORMAT_VERSION}; install a newer trexport"
             )
-        known = ("format", "format_version", "base_model", "default", "overrides", "strength")
+        known = ("format", "format_version", "base_model", "default", "overrides", "strength", "components")
         for name in fields:
             if name not in known:
                 raise SpecError(f"unknown field {name!r}{nearest(name, known)}")
         strength = finite_number("adapter", "strength", fields.get("strength", 1.0))
         overrides, base_model = fields.get("overrides", {}), fields.get("base_model")
-        if not isinstance(overrides, Mapping) or not isinstance(fields.get("default"), Mapping):
-            raise SpecError('"default" and "overrides" must be objects')
+        components = fields.get("components", {})
+        if not all(isinstance(part, Mapping) for part in (overrides, components, fields.get("default"))):
+            raise SpecError('"default", "overrides" and "components" must be objects')
+        whole = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        for name, part in components.items():
+            if not isinstance(part, Mapping) or not set(part) <= {"default", "overrides"}:
+                raise SpecError(f'components.{name} is {part!r}, expected an object with "default" and "overrides"')
         return cls(
             default=AdapterSpec.from_dict(fields["default"]),
             overrides={path: AdapterSpec.from_dict(spec) for path, spec in overrides.items()},
             strength=strength,
             base_model=BaseModel.from_dict({} if base_model is None else base_model),
+            components={name: cls.from_dict(whole | dict(part)) for name, part in components.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        fields = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "base_model": self.base_model.to_dict(),
@@ -86,3 +94,9 @@ class AdapterConfig:
             "overrides": {path: spec.to_dict() for path, spec in sorted(self.overrides.items())},
             "strength": self.strength,
         }
+        if self.components:
+            parts = {name: config.to_dict() for name, config in sorted(self.components.items())}
+            fields["components"] = {
+                name: {key: part[key] for key in ("default", "overrides")} for name, part in parts.items()
+            }
+        return fields

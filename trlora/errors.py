@@ -26,6 +26,10 @@ class CheckpointError(TrloraError, ValueError):
     """An adapter file that is refused."""
 
 
+class FitError(TrloraError, ValueError):
+    """Weights that no adapter can be fitted to, or none as small or as near as asked for."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; the nearest existing name is 'x'"`, or nothing when no name of `known` is like `name`."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -26,6 +26,7 @@ class LayerParts:
     transform: AbstractTransform | None
     residual: AbstractResidual | None
     magnitude: AbstractMagnitude | None = None
+    output_transform: AbstractTransform | None = None
     kernel: tuple[int | None, ...] | None = None
     """Height and width of the convolution's kernel that it is for, (None, None) for a convolution of any, () for a linear
     layer; None where the checkpoint does not tell."""
@@ -33,12 +34,11 @@ class LayerParts:
     @property
     def members(self) -> dict[str, nn.Module]:
         """The parts that are there, by name."""
-        found = {"transform": self.transform, "residual": self.residual, "magnitude": self.magnitude}
-        return {part: found[part] for part in PARTS if found[part] is not None}  # type: ignore[misc]
+        return {part: member for part in PARTS if (member := getattr(self, part)) is not None}
 
     @property
     def in_features(self) -> int | None:
-        """The width of the layer's weight as a matrix; None where only a magnitude is stored."""
+        """The width of the layer's weight as a matrix; None where only parts of its outputs are stored."""
         if self.residual is not None:
             return self.residual.in_features
         return None if self.transform is None else self.transform.features
@@ -47,18 +47,15 @@ class LayerParts:
     def out_features(self) -> int | None:
         """None where only a transform is stored, which does not know the layer's outputs."""
         part = self.magnitude if self.residual is None else self.residual
-        return None if part is None else part.out_features
+        if part is not None:
+            return part.out_features
+        return None if self.output_transform is None else self.output_transform.features
 
     @classmethod
     def of(cls, adapter: LayerAdapter) -> Self:
         """The parts of a layer's adapter that have tensors."""
-        transform, residual, magnitude = adapter.transform, adapter.residual, adapter.magnitude
-        return cls(
-            adapter.spec,
-            None if transform.trivial else transform,
-            None if residual.trivial else residual,
-            None if magnitude.trivial else magnitude,
-        )
+        members = {part: getattr(adapter, part) for part in PARTS}
+        return cls(adapter.spec, **{part: None if member.trivial else member for part, member in members.items()})
 
     @classmethod
     def from_tensors(
@@ -96,6 +93,9 @@ class LayerParts:
             raise ShapeError(
                 f"the magnitude has {magnitude.out_features} outputs, the residual gives {residual.out_features}"
             )
+        turn, rows = self.output_transform, self.out_features
+        if turn is not None and rows is not None and turn.fitted(rows, rows) is None:
+            raise ShapeError(f"the output transform has {turn.features} features, the others give {rows} outputs")
 
     def on(self, shape: tuple[int, ...]) -> LayerAdapter:
         """The adapter of a layer whose weight has a shape, (out, in) or (out, in/groups, height, width).
@@ -106,16 +106,19 @@ class LayerParts:
         rows, columns, kernel = shape[0], math.prod(shape[1:]), tuple(shape[2:])
         if self.kernel is not None and not _matches(self.kernel, kernel):
             raise ShapeError(f"for {_kind(self.kernel)}, the base's layer is {_kind(kernel)}")
+        told = self.residual or self.magnitude  # a transform of outputs may fit several widths
         found = (
             columns if self.residual is None else self.residual.in_features,
-            rows if self.out_features is None else self.out_features,
+            rows if told is None else told.out_features,
         )
         transform = None if self.transform is None else self.transform.fitted(shape[1], columns)
-        if found != (columns, rows) or (transform is None) != (self.transform is None):
+        turn = None if self.output_transform is None else self.output_transform.fitted(rows, rows)
+        unfitted = (transform is None) != (self.transform is None) or (turn is None) != (self.output_transform is None)
+        if found != (columns, rows) or unfitted:
             inputs = "any" if self.in_features is None else self.in_features
             outputs = "any" if self.out_features is None else self.out_features
             raise ShapeError(f"for {inputs} → {outputs} features, the base's layer has {columns} → {rows}")
-        return LayerAdapter.from_parts(self.spec, transform, self.residual, columns, rows, self.magnitude)
+        return LayerAdapter.from_parts(self.spec, transform, self.residual, columns, rows, self.magnitude, turn)
 
     def _fitted(self, features: int) -> AbstractTransform | None:
         assert self.transform is not None

@@ -13,11 +13,23 @@ from trlora.layers import ADAPTABLE, AdaptedLayer
 Targets = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """A preset's name, a regular expression for the whole path, a list of paths, or a predicate on (path, module)."""
 
+# In UNets, ControlNets and the transformers of Stable Diffusion 3 and Flux, whose attention reads text through layers of its
+# own; in CLIP's text encoders.
+_ATTENTION = (
+    r"(.*transformer_blocks\.\d+\.attn\d*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    r"|.*encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj))"
+)
+_FEED_FORWARD = (
+    r"(.*transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)"
+    r"|.*single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
+    r"|.*encoder\.layers\.\d+\.mlp\.fc[12])"
+)
+
 PRESETS: dict[str, str] = {
     # the paper's: every attention projection of the transformer blocks; 128 layers in Stable Diffusion 1.5
-    "attention": r".*transformer_blocks\.\d+\.attn\d+\.(to_q|to_k|to_v|to_out\.0)",
+    "attention": _ATTENTION,
     # the feed-forward layers as well
-    "transformer": r".*transformer_blocks\.\d+\.(attn\d+\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
+    "transformer": f"({_ATTENTION}|{_FEED_FORWARD})",
     # the convolutions of the residual blocks and between the resolutions
     "convolutions": r".*(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)",
 }

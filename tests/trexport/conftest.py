@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trexport.helpers import SIZES, write_unet
+from tests.trexport.helpers import SIZES, write_model
 from trexport.artifact import Artifact, open_artifact
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
@@ -21,12 +21,12 @@ from trlora import save_adapter
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet folder of `random:tiny`, float32, written by the safetensors library."""
-    return write_unet(tmp_path_factory.mktemp("base") / "unet", open_base("random:tiny"))
+    return write_model(tmp_path_factory.mktemp("base") / "unet", open_base("random:tiny"))
 
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny pipelines `sd` and `sdxl`."""
+    """A folder with the tiny pipelines `sd`, `sdxl` and `sd3`."""
     from tests.trexport.scripts.make_pipelines import main
 
     folder = tmp_path_factory.mktemp("pipelines")

@@ -19,8 +19,8 @@ from torch import Tensor
 from trexport.artifact import Artifact, open_artifact
 from trexport.cli import main
 from trexport.models.adapters import open_adapters
-from trexport.models.base import WEIGHTS_STEM, Base
-from trexport.models.unet import attach_all_, call_unet, load_unet
+from trexport.models.base import Base
+from trexport.models.model import attach_all_, first_output, load_model
 from trlora import load_adapter
 
 SIZES = {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 5}
@@ -31,11 +31,11 @@ def weights_of(base: Base) -> dict[str, Tensor]:
     return {entry.name: file.tensor(entry.name) for file in base.weights for entry in file.entries}
 
 
-def write_unet(folder: Path, base: Base, dtype: torch.dtype = torch.float32) -> Path:
-    """A diffusers UNet folder."""
+def write_model(folder: Path, base: Base, dtype: torch.dtype = torch.float32) -> Path:
+    """A model's folder as its own library saves it."""
     folder.mkdir(parents=True)
     tensors = {name: tensor.to(dtype) for name, tensor in weights_of(base).items()}
-    safetensors.torch.save_file(tensors, folder / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / f"{base.architecture.stem}.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(base.config)), encoding="utf-8")
     return folder
 
@@ -60,10 +60,10 @@ def merged_in_float64(base: Base, adapters: Sequence[tuple[Path, float]]) -> dic
 
 def drawn_by_torch(base: Base, adapters: Sequence[str], feeds: Mapping[str, Tensor]) -> Tensor:
     """One step of the diffusers model with adapters attached, never merged."""
-    model = load_unet(base)
+    model = load_model(base)
     attach_all_(model, open_adapters(adapters, base))
     with torch.inference_mode():
-        return call_unet(model, feeds)
+        return first_output(model, feeds)
 
 
 def copy_of(folder: Path, target: Path) -> Path:

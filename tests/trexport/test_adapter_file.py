@@ -14,7 +14,7 @@ from trexport.adapter_file import adapter_tensors, read_adapters, write_adapters
 from trexport.artifact import Artifact
 from trexport.errors import ArtifactError, UsageError
 from trexport.io_spec import ADAPTER_INDEX
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 
 SECOND = "random:tlora:1:4"
 

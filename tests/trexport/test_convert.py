@@ -24,7 +24,7 @@ from trexport.errors import TrexportError, UsageError
 from trexport.formats import read_adapter
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
-from trexport.models.unet import load_unet, merge_into_
+from trexport.models.model import load_model, merge_into_
 from trlora import Adapter, AdapterSpec, CheckpointError, LayerAdapter, LayerParts, save_adapter
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -53,13 +53,13 @@ def written(base: Base, folder: Path, layers: list[str], spec: dict[str, Any], s
 
 
 def merged(base: Base, argument: Path) -> State:
-    model = load_unet(base)
+    model = load_model(base)
     merge_into_(cast(Any, model), open_adapters([str(argument)], base))
     return model.state_dict()
 
 
 def by_diffusers(base: Base, file: Path) -> State:
-    model = copy.deepcopy(load_unet(base))  # it writes in place, where the weights are a file's memory
+    model: Any = copy.deepcopy(load_model(base))  # it writes in place, where the weights are a file's memory
     state, alphas = StableDiffusionPipeline.lora_state_dict(str(file))[:2]
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, model)
     model.fuse_lora()
@@ -69,7 +69,7 @@ def by_diffusers(base: Base, file: Path) -> State:
 
 def by_peft(base: Base, folder: Path) -> State:
     return (
-        PeftModel.from_pretrained(cast(Any, copy.deepcopy(load_unet(base))), str(folder))
+        PeftModel.from_pretrained(cast(Any, copy.deepcopy(load_model(base))), str(folder))
         .merge_and_unload()
         .state_dict()
     )  # type: ignore[operator]
@@ -111,7 +111,7 @@ def test_what_is_cut_is_the_best_of_its_rank(rank: int, base: Base, tmp_path: Pa
     source = written(base, tmp_path / "in", LAYERS, WHOLE)
     done = convert(str(source), tmp_path / "out.safetensors", "diffusers", base=base, rank=rank)
     before, after, found = (
-        load_unet(base).state_dict(),
+        load_model(base).state_dict(),
         merged(base, source),
         merged(base, tmp_path / "out.safetensors"),
     )

@@ -24,10 +24,10 @@ def test_an_adapter_in_either_form_and_under_any_name(adapter_folder: Path, tmp_
 
 def test_unets(unet_folder: Path) -> None:
     found = inspect(str(unet_folder))
-    assert found.kind == "unet"
+    assert found.kind == "UNet"
     assert found.facts["parameters"] * 4 == found.facts["size_bytes"]
     assert inspect("random:tiny").facts["content_hash"] == found.facts["content_hash"]
-    assert inspect("sample:digits").kind == "unet"
+    assert inspect("sample:digits").kind == "UNet"
     assert inspect("sample:digits/nine").facts["method"].startswith("TLoRA")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trexport.errors import UsageError
-from trexport.io_spec import ModelSpec, unet_spec
+from trexport.io_spec import ModelSpec
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base
 from trexport.profile import Profile, parse_profile
 
@@ -14,7 +15,7 @@ USUAL = {"batch_size": 2, "height": 64, "width": 64, "sequence_length": 77}
 
 @pytest.fixture(scope="module")
 def spec(base: Base) -> ModelSpec:
-    return unet_spec(base.config, "fp32")
+    return spec_of(base.config, "fp32")
 
 
 def sizes(*values: int) -> dict[str, int]:
@@ -62,7 +63,7 @@ def test_wrong_ones(text: str, says: str, spec: ModelSpec) -> None:
 
 
 def test_axes_that_the_model_fixes(base: Base) -> None:
-    fixed = unet_spec(base.config, "fp32", {"height": 64})
+    fixed = spec_of(base.config, "fp32", {"height": 64})
     assert parse_profile("1x64x32x5,2x64x64x5,2x64x96x5", fixed, USUAL).fixed == {"height": 64, "sequence_length": 5}
     with pytest.raises(UsageError, match="the model fixes it at 64"):
         parse_profile("1x64x64x5,2x96x64x5,2x96x96x5", fixed, USUAL)

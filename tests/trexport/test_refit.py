@@ -21,7 +21,7 @@ from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
 from trexport.manifest import Manifest
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base, open_base
-from trexport.models.unet import DTYPES
+from trexport.models.model import DTYPES
 from trexport.refit import refit_engine, refit_weights
 
 DTYPE = "fp16"

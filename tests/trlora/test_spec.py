@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"transform": {"type": "tensor_rin"}},
         ["'tensor_rin'", "nearest existing name is 'tensor_ring'"],
     ),
-    "a residual as transform": ({"transform": {"type": "low_rank"}}, ["transform", "'low_rank'"]),
+    "a residual as transform": ({"transform": {"type": "kronecker"}}, ["transform", "'kronecker'"]),
     "a transform as residual": ({"residual": {"type": "diagonal"}}, ["residual", "'diagonal'"]),
     "field of identity": ({"transform": {"type": "identity", "rank": 2}}, ["identity", "'rank'"]),
     "field of diagonal": ({"transform": {"type": "diagonal", "size": 2}}, ["diagonal", "'size'"]),

@@ -1,4 +1,4 @@
-"""AOTInductor: a UNet compiled ahead of time by PyTorch's own compiler into a `.pt2` package, for the CPU or CUDA.
+"""AOTInductor: a model compiled ahead of time by PyTorch's own compiler into a `.pt2` package, for the CPU or CUDA.
 
 The package needs torch alone, none of our code:
 
@@ -6,7 +6,7 @@ The package needs torch alone, none of our code:
 import torch
 
 model = torch._inductor.aoti_load_package("engine/unet/model.pt2")
-out = model(sample=x, timestep=torch.tensor(500.0), encoder_hidden_states=c)  # a tensor; SDXL also text_embeds, time_ids
+out = model(sample=x, timestep=torch.tensor(500.0), encoder_hidden_states=c)  # a tensor; names as in trexport.json
 model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_update=False)  # the UNet's parameter names
 ```
 
@@ -20,16 +20,16 @@ what you trust.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
-import shutil
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -50,10 +50,13 @@ from trexport.backends.base import (
     Step,
     TorchModel,
 )
+from trexport.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
-from trexport.io_spec import ModelSpec, downscale_of, unet_spec
-from trexport.models.fused import fuse_, options_for
-from trexport.models.unet import DTYPES, call_unet, fitted, load_unet, merge_into_, random_feeds, sizes_of
+from trexport.io_spec import ModelSpec, parts_of
+from trexport.models.architectures import Limit, spec_of
+from trexport.models.architectures.unet import UNet
+from trexport.models.fused import FuseOptions, fuse_, options_for
+from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 
@@ -69,7 +72,7 @@ _LEVELS: tuple[dict[str, Any], ...] = (
     {"conv_1x1_as_mm": True, "coordinate_descent_tuning": True, "max_autotune": True},
 )
 """Settings of the compiler by optimization level; from 1 on the UNet is rewritten too. Tuning measures on the device, which
-takes minutes. 0 is what is done unasked: of the others none was seen to run on a GPU yet (`benchmarks/NOTES.md`)."""
+takes minutes."""
 # What is refused, by the name of its option; the options of `EngineOptions` that only TensorRT has.
 _UNKNOWN = {
     "workspace_bytes": "--workspace",
@@ -82,28 +85,30 @@ _UNKNOWN = {
 
 
 @final
-class _UNetStep(nn.Module):
-    """The UNet as a function of tensors named as the spec's. It has the UNet's own children, so that the names of all
-    parameters are the UNet's."""
+class _Step(nn.Module):
+    """The model as a function of tensors named as the spec's. It has the model's own children, so that the names of all
+    parameters are the model's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
-        self._model = (model,)  # in a tuple it is no child: its parameters would be here twice
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        if text_embeds is not None and time_ids is not None:
-            feeds |= {"text_embeds": text_embeds, "time_ids": time_ids}
-        return call_unet(self._model[0], feeds)
+        def forward(**feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
+            outputs = outputs_of(model, feeds)
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        # torch.export asks which arguments there are
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
+        forward.__signature__ = named  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def _rewrites(device: Device, dtype: torch.dtype) -> FuseOptions:
+    """What is best on the device, with torch's operators alone: with our own kernels packages drew garbage on an H100, where
+    `torch.compile` of the same program did not (`benchmarks/NOTES.md`)."""
+    return replace(options_for(device, dtype), kernels="torch")
 
 
 @contextmanager
@@ -134,12 +139,6 @@ def _cache() -> Iterator[None]:
         yield
 
 
-def _compiler() -> str | None:
-    """The C++ compiler that torch would call, None where it is not here."""
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(name)
-
-
 def _cpu_features() -> list[str]:
     """What this CPU can do, by torch's names. The compiler makes code for all of it (`-march=native`)."""
     return sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
@@ -163,10 +162,12 @@ def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[st
             dims[axis] = multiple * torch.export.Dim(axis, min=least // multiple, max=most // multiple)
         else:
             dims[axis] = torch.export.Dim(axis, min=least, max=most)
-    return {
-        tensor.name: {n: dims[axis] for n, axis in enumerate(tensor.axes) if axis in dims} or None
-        for tensor in spec.inputs
-    }
+    shapes: dict[str, dict[int, Any] | None] = {}
+    for tensor in spec.inputs:
+        named = [(n, parts_of(axis)) for n, axis in enumerate(tensor.axes) if isinstance(axis, str)]
+        free = {n: times * dims[name] if times > 1 else dims[name] for n, (name, times, _) in named if name in dims}
+        shapes[tensor.name] = free or None
+    return shapes
 
 
 @final
@@ -198,18 +199,18 @@ class _AotInductorRunner(Runner):
             self._model.load_constants(self._constants, check_full_update=False, user_managed=True)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.spec.outputs[0].name: self._run(self._checked(feeds))}
+        return self._run(self._checked(feeds))
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
         inputs = self._checked(feeds)
-        name = self.spec.outputs[0].name
-        buffer = self._run(inputs)
+        buffers = self._run(inputs)
         if self.device == "cpu":
 
             def run() -> None:
-                buffer.copy_(self._run(inputs))
+                for name, tensor in self._run(inputs).items():
+                    buffers[name].copy_(tensor)
 
-            return Step(run, inputs, {name: buffer})
+            return Step(run, inputs, buffers)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -218,8 +219,8 @@ class _AotInductorRunner(Runner):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            buffer = self._run(inputs)
-        return Step(graph.replay, inputs, {name: buffer})
+            buffers = self._run(inputs)
+        return Step(graph.replay, inputs, buffers)
 
     def close(self) -> None:
         self._model = None
@@ -227,12 +228,14 @@ class _AotInductorRunner(Runner):
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             with torch.no_grad():  # not inference mode: whoever has the output may write into it
-                return self._model(**inputs)
+                found = self._model(**inputs)
         except RuntimeError as error:
             raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
 
     def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs, copied to where and how the compiled code expects them: it does not look itself.
@@ -248,7 +251,7 @@ class _AotInductorRunner(Runner):
         multiple = self._record.settings[_MULTIPLE]
         if not self._profile.holds(sizes) or any(sizes.get(axis, 0) % multiple for axis in ("height", "width")):
             raise UsageError(
-                f"sizes {sizes} found, the engine takes batch x height x width x tokens {self._profile}, height and width "
+                f"sizes {sizes} found, the engine takes {' x '.join(self._profile.opt)} {self._profile}, height and width "
                 f"multiples of {multiple}; build one with a wider --profile"
             )
         return inputs
@@ -259,7 +262,7 @@ class _AotInductorRunner(Runner):
         Raises:
             ArtifactError: one that is no adapted weight of the engine, or of another shape or dtype.
         """
-        (dtype,) = [DTYPES[tensor.dtype] for tensor in self.spec.inputs if tensor.name == "sample"]
+        dtype = DTYPES[self.spec.outputs[0].dtype]
         layers = source.record.constants()
         for name, tensor in source.constants.items():
             if name not in layers:
@@ -314,10 +317,16 @@ class AotInductor(EngineBackend):
             )
         if form == "factored":
             raise UsageError("a factored artifact or bank: aotinductor compiles merged and swappable models")
-        if _compiler() is None:
-            name = os.environ.get("CXX") or "g++"
+        compiler = compiler_path()
+        if compiler is None:
             raise MissingError(
-                f"aotinductor: no C++ compiler, {name} is not on the PATH; install g++ (apt install g++), or set CXX"
+                f"aotinductor: no C++ compiler, {compiler_name()} is not on the PATH; install g++ (apt install g++), or set "
+                "CXX"
+            )
+        wrong = complaint(compiler)
+        if wrong is not None:
+            raise MissingError(
+                f"aotinductor: the C++ compiler {compiler} {wrong}; set CXX to another (CXX=/usr/bin/g++)"
             )
         available = self.availability(options.device)
         if not available.ok:
@@ -335,13 +344,18 @@ class AotInductor(EngineBackend):
         assert isinstance(source, TorchModel)
         (profile,) = options.profiles
         device = options.device
-        spec = unet_spec(source.base.config, source.dtype, timestep_per_sample=source.timestep_per_sample)
-        multiple = downscale_of(source.base.config)
-        model = cast(nn.Module, load_unet(source.base, source.dtype, progress=progress))
+        spec = spec_of(source.base.config, source.dtype, timestep_per_sample=source.timestep_per_sample)
+        multiple = source.base.architecture.limits().get("height", Limit()).multiple
+        model = load_model(source.base, source.dtype, progress=progress)
         merge_into_(model, source.adapters, progress=progress)
         model.to(device)
         level = options.optimization_level or 0
-        fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
+        if level and not isinstance(source.base.architecture, UNet):
+            raise UsageError(
+                f"--optimization-level {level}: only UNets are rewritten, and this is a {source.base.architecture.noun}; "
+                "leave it out"
+            )
+        fused = fuse_(cast(Any, model), _rewrites(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}
@@ -358,7 +372,7 @@ class AotInductor(EngineBackend):
             with _quiet(), _cache(), torch.no_grad():
                 with progress.task("trace"):
                     program = torch.export.export(
-                        _UNetStep(model).eval(),
+                        _Step(model, spec).eval(),
                         (),
                         feeds,
                         dynamic_shapes=_dynamic_shapes(spec, profile, multiple),

@@ -23,7 +23,7 @@ from trexport.backends.base import (
 )
 from trexport.errors import ArtifactError, MissingError, RunError
 from trexport.graph.ort_graph import PASSES, OrtGraph, ort_graph
-from trexport.models.unet import DTYPES, sizes_of, spread_timestep
+from trexport.models.model import DTYPES, sizes_of, spread_timestep
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
@@ -200,7 +200,7 @@ class _OnnxRuntimeRunner(Runner):
         self._session: Any = self._open()
 
     def _open(self, sizes: Mapping[str, int] | None = None, *, graph: bool = False) -> Any:
-        nhwc = all(tensor.dtype != "bf16" for tensor in self.spec.inputs)
+        nhwc = all(tensor.dtype != "bf16" for tensor in self.spec.outputs)
         if self._graph is None:
             return open_session(
                 str(self._path), self.device, sizes=sizes, graph=graph, nhwc=nhwc, provider=self._provider
@@ -321,7 +321,7 @@ class OnnxRuntime(AbstractBackend):
         available = _availability(device)
         if not available.ok:
             raise MissingError(f"onnxruntime: {available.reason}")
-        half = any(tensor.dtype == "fp16" for tensor in source.spec.inputs)
+        half = any(tensor.dtype == "fp16" for tensor in source.spec.outputs)
         passes = self.passes if self.passes is not None else tuple(PASSES) if device == "cuda" and half else ()
         graph = ort_graph(source.path, passes) if passes else None
         return _OnnxRuntimeRunner(source, device, graph, self.provider)

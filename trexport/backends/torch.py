@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast, final
+from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trexport.backends.base import (
     AbstractBackend,
@@ -20,8 +20,8 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import MissingError
-from trexport.io_spec import unet_spec
-from trexport.models.unet import attach_all_, call_unet, load_unet, merge_into_
+from trexport.models.architectures.unet import UNet
+from trexport.models.model import attach_all_, load_model, merge_into_, outputs_of, spread_timestep
 
 _WARM_UP = 3
 
@@ -29,9 +29,9 @@ _WARM_UP = 3
 @final
 class _TorchRunner(Runner):
     def __init__(self, source: TorchModel, device: Device, *, compiled: bool) -> None:
-        self.spec = unet_spec(source.base.config, source.dtype)
+        self.spec = source.base.architecture.spec(source.dtype)
         self.device = device
-        model = cast(nn.Module, load_unet(source.base, source.dtype))  # diffusers' `to` has no types of its own
+        model = load_model(source.base, source.dtype)
         if source.factored:
             attach_all_(model, source.adapters)
         else:
@@ -42,39 +42,41 @@ class _TorchRunner(Runner):
             if device == "cuda":  # as PyTorch's users make it fast
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 options = {"conv_1x1_as_mm": True}
-                if not source.factored:
+                if not source.factored and isinstance(source.base.architecture, UNet):
                     model.fuse_qkv_projections()  # type: ignore[operator]
             model.compile(fullgraph=True, dynamic=False, options=options)
         self._model = model
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode():
-            output = call_unet(self._model, {name: tensor.to(self.device) for name, tensor in feeds.items()})
-        return {self.spec.outputs[0].name: output.clone()}
+        inputs = {name: tensor.to(self.device) for name, tensor in spread_timestep(self.spec, feeds).items()}
+        return {name: output.clone() for name, output in self._run(inputs).items()}
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in feeds.items()}
-        name = self.spec.outputs[0].name
-        with torch.inference_mode():
-            output = call_unet(self._model, inputs)
-        buffer = output.clone()
+        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in spread_timestep(self.spec, feeds).items()}
+        buffers = {name: output.clone() for name, output in self._run(inputs).items()}
         if self.device == "cpu":
 
             def run() -> None:
                 with torch.inference_mode():
-                    buffer.copy_(call_unet(self._model, inputs))
+                    for name, output in self._run(inputs).items():
+                        buffers[name].copy_(output)
 
-            return Step(run, inputs, {name: buffer})
+            return Step(run, inputs, buffers)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.inference_mode():
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                call_unet(self._model, inputs)
+                self._run(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.inference_mode():
-            buffer = call_unet(self._model, inputs)
-        return Step(graph.replay, inputs, {name: buffer})
+        with torch.cuda.graph(graph):
+            buffers = self._run(inputs)
+        return Step(graph.replay, inputs, buffers)
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            outputs = outputs_of(self._model, inputs)
+        return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         del self._model

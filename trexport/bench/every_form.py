@@ -20,8 +20,9 @@ from trexport.errors import UsageError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, BYTES_OF, default_sizes
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, BYTES_OF
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import default_sizes
 from trexport.models.base import Base
 from trexport.progress import SILENT, Progress
 
@@ -82,7 +83,7 @@ def bench_every_form(
     if not adapters:
         raise UsageError("no adapter given; what adapters cost is measured with one")
     left_out: dict[str, str] = {}
-    sizes = default_sizes(base.config) | dict(options.sizes or {})
+    sizes = default_sizes(base.config) | base.architecture.sizes(options.sizes or {})
     forms: dict[str, dict[str, Any]] = {
         "merged": {},
         "factored": {"factored": FactoredOptions(blank=True, plan_for=device)},

@@ -15,7 +15,7 @@ from trexport.io_spec import Dtype
 @final
 @dataclass(frozen=True)
 class BackendResult:
-    """One backend's latency of one UNet step."""
+    """One backend's latency of one step."""
 
     backend: str
     latency: Latency
@@ -69,7 +69,7 @@ def plot(report: BenchReport, path: Path) -> None:
     axes.axvline(report.least_ms, color="#b04030", linestyle="--", linewidth=1, label="roofline of this device")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(result.latency.p90_ms for result in report.results))
-    axes.set_xlabel("one UNet step, ms (median, p10 to p90)")
+    axes.set_xlabel("one step, ms (median, p10 to p90)")
     axes.set_title(
         f"{report.model}, {report.dtype}, {report.environment.get('gpu', report.environment['cpu'])}", fontsize=9
     )

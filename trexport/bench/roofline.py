@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trexport.backends import Device
 from trexport.io_spec import BYTES_OF, Dtype, ModelSpec
 from trexport.models.base import Base
-from trexport.models.unet import DTYPES, call_unet, empty_unet, random_feeds
+from trexport.models.model import DTYPES, empty_model, outputs_of, random_feeds
 
 _REPEATS = 7
 
@@ -48,12 +48,12 @@ class Ceiling:
 def work_of(base: Base, spec: ModelSpec, sizes: Mapping[str, int], dtype: Dtype) -> Work:
     """Count the work of one step, on the meta device."""
     feeds = {name: tensor.to("meta") for name, tensor in random_feeds(spec, sizes).items()}
-    model = cast(nn.Module, empty_unet(base.config))
+    model = empty_model(base.architecture)
     nn.Module.to(model, DTYPES[dtype])  # diffusers warns of its own `to`, though there is nothing to keep in float32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = call_unet(model, feeds)
+        outputs = outputs_of(model, feeds)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    activations = output.numel() + sum(tensor.numel() for tensor in feeds.values())
+    activations = sum(tensor.numel() for tensor in [*outputs, *feeds.values()])
     return Work(counter.get_total_flops(), (parameters + activations) * BYTES_OF[dtype])
 
 

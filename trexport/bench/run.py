@@ -19,10 +19,11 @@ from trexport.bench.roofline import measure_ceiling, work_of
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
 from trexport.errors import MissingError, UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, Dtype, ModelSpec, default_sizes, unet_spec
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype, ModelSpec
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import default_sizes
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.progress import SILENT, Progress
 
@@ -35,7 +36,7 @@ class BenchOptions:
     backends: Sequence[str] = tuple(BACKENDS)
     dtype: Dtype = "fp32"
     sizes: Mapping[str, int] | None = None
-    """None for the UNet's own."""
+    """None for the model's own."""
     warm_up: int = 3
     iterations: int = 20
     skip_missing: bool = True
@@ -52,7 +53,7 @@ def bench(
     engines: Mapping[str, EngineFile] | None = None,
     progress: Progress = SILENT,
 ) -> BenchReport:
-    """Measure one UNet step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
+    """Measure one step in every backend, interleaved in one run: adapters merged in torch, exported models as they are.
 
     All models are loaded at once; on CUDA each step is a CUDA graph on resident buffers.
 
@@ -65,9 +66,10 @@ def bench(
     """
     options = options or BenchOptions()
     engines = engines or {}
-    sizes = default_sizes(base.config) | _fixed({**onnx, **engines}) | dict(options.sizes or {})
-    spec = unet_spec(base.config, options.dtype)
-    feeds = random_feeds(spec, {axis: sizes[axis] for axis in FREE_AXES}, seed=0)
+    chosen = base.architecture.sizes(options.sizes or {})
+    sizes = default_sizes(base.config) | _fixed({**onnx, **engines}) | chosen
+    spec = base.architecture.spec(options.dtype)
+    feeds = random_feeds(spec, sizes, seed=0)
     reference = _reference(base, adapters, feeds, spec, device)
     ceiling = measure_ceiling(device, options.dtype)
     work = work_of(base, spec, sizes, options.dtype)
@@ -126,7 +128,7 @@ def bench(
         model=Path(base.name).name if base.folder is not None else base.name,
         adapters=[f"{Path(adapter.name).name}={adapter.strength:g}" for adapter in adapters],
         dtype=options.dtype,
-        sizes={axis: sizes[axis] for axis in FREE_AXES},
+        sizes=sizes,
         results=results,
         work=work,
         ceiling=ceiling,

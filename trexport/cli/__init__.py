@@ -21,13 +21,14 @@ from trexport.errors import AdapterWarning, TrexportError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("trexport.cli.demo", "The whole line on the shipped sample: merge, export, prove, measure, draw."),
     "inspect": ("trexport.cli.inspect", "Say what a file or folder is."),
-    "merge": ("trexport.cli.merge", "Fold adapters into a dense UNet."),
+    "merge": ("trexport.cli.merge", "Fold adapters into a dense model."),
     "onnx": (
         "trexport.cli.onnx",
-        "Export a UNet or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
+        "Export a model or a pipeline to ONNX, adapters merged in, kept factored, or swappable.",
     ),
     "convert": ("trexport.cli.convert", "Write an adapter in another form."),
     "adapter": ("trexport.cli.adapter", "Write adapters as a file for an ONNX artifact that takes adapters."),
+    "fit": ("trexport.cli.fit", "Fit a small adapter to what a fine-tune made of a base."),
     "engine": ("trexport.cli.engine", "Build a compiled engine from an artifact."),
     "refit": ("trexport.cli.refit", "Put other adapters into the weights of a built TensorRT engine."),
     "validate": ("trexport.cli.validate", "Prove an artifact equal to PyTorch, or fail."),
@@ -130,11 +131,10 @@ def _plain_warnings() -> Iterator[None]:
             before(message, category, *rest)
 
     before = warnings.showwarning
-    warnings.showwarning = show
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AdapterWarning)  # the same for every adapter that it is true of
+        warnings.showwarning = show
         yield
-    finally:
-        warnings.showwarning = before
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

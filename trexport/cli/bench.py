@@ -49,7 +49,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure one UNet step in several backends, side by side in one run.
+    """Measure one step in several backends, side by side in one run.
 
     TARGET is an artifact of `trexport onnx` or `trexport engine`, which brings its base and adapters along, or a BASE with
     ADAPTERs for the backends that need no artifact. Several artifacts of one base, merged, factored or swappable, ONNX or
@@ -111,7 +111,7 @@ def command(
         source = open_base(target)
         bound = open_adapters(adapters, source)
     where = device_of(device)
-    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind != "unet"]
+    exported = [(form_name(a), a, file_for(a, bound, where)) for a in artifacts if a.manifest.kind != "dense"]
     several = len(exported) > 1
     onnx = {form if several else "": file for form, _, file in exported if isinstance(file, OnnxFile)}
     engines = {

@@ -40,7 +40,8 @@ def command(
 ) -> None:
     """Write an adapter in another form.
 
-    ADAPTER is of any format that is read: trlora's, PEFT's, diffusers', kohya's or LyCORIS'. To trlora's own form the way is
+    ADAPTER is of any format that is read: trlora's, PEFT's, diffusers', kohya's or LyCORIS', or an .onnx_adapter file of
+    trexport adapter for a factored model. To trlora's own form the way is
     exact. As a LoRA it is exact where the adapter is one, or a tensor ring, LoHa or LoKr without a transform, in as many
     ranks as those have; otherwise --rank and --base give the best approximation, with its error. Strengths are multiplied
     in.
@@ -48,7 +49,7 @@ def command(
     from trexport.cli.console import print_json, print_table
     from trexport.convert import convert, summary
     from trexport.models.base import open_base
-    from trexport.models.unet import DTYPES
+    from trexport.models.model import DTYPES
 
     found = convert(
         adapter,

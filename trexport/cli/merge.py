@@ -23,6 +23,7 @@ from trexport.io_spec import Dtype
 @adapters_argument
 @output_options
 @dtype_option(None, "Of the result; the base's own where not given.")
+@click.option("--unet-only", is_flag=True, help="Leave out what adapters have for text encoders.")
 @base_options
 @dry_run_option
 @json_option
@@ -32,44 +33,67 @@ def command(
     out: Path,
     overwrite: bool,
     dtype: Dtype | None,
+    unet_only: bool,
     revision: str | None,
     variant: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Fold adapters into the weights of a UNet: a folder that `UNet2DConditionModel.from_pretrained` loads.
+    """Fold adapters into the weights of a model: a folder that its class's `from_pretrained` loads.
 
-    BASE is a diffusers pipeline or UNet folder, a Hub id, random:sd15, random:sdxl, random:tiny, or sample:digits.
+    BASE is the folder of a diffusers pipeline or of one model (UNet, transformer of Stable Diffusion 3 or Flux, ControlNet,
+    CLIP text encoder), a Hub id, random:sd15, random:sdxl, random:sd3-tiny, …, or sample:digits.
     ADAPTER is a checkpoint folder or file, sample:digits/NAME, or random:tlora:2:6; =STRENGTH stands in for the
     checkpoint's own strength.
 
+    Where BASE is a whole pipeline and an adapter has parts for its text encoders, the result is a pipeline too, with the
+    adapter in both: a folder that `DiffusionPipeline.from_pretrained` loads.
+
     Every tensor of every adapter is bound to a layer, or the command fails and names it.
     """
-    from trexport.cli.console import gigabytes, print_json, print_table, progress_for
-    from trexport.merging import merge, plan_merge
+    from trexport.cli.console import gigabytes, print_json, progress_for
+    from trexport.cli.show import show_merge
+    from trexport.merging import PipelineMerge, merge, merge_pipeline, plan_merge, plan_pipeline_merge
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.models.model import offsets_of
+    from trexport.models.pipeline import open_pipeline, text_encoders_of
 
     opened = open_base(base, revision=revision, variant=variant)
-    bound = open_adapters(adapters, opened)
+    bound = open_adapters(adapters, opened, lambda: None if unet_only else text_encoders_of(opened))
+    pipeline = open_pipeline(opened) if any(adapter.components for adapter in bound) else None
     if dry_run:
-        plan = plan_merge(opened, bound, out, dtype, overwrite=overwrite)
-        fields = {"out": str(out), "tensors": plan.tensors, "adapted": plan.adapted, "size_bytes": plan.size_bytes}
+        planned = (
+            plan_merge(opened, bound, out, dtype, overwrite=overwrite)
+            if pipeline is None
+            else plan_pipeline_merge(opened, pipeline, bound, out, dtype, overwrite=overwrite)
+        )
         if as_json:
-            print_json(fields | {"dry_run": True})
+            print_json(vars(planned) | {"out": str(out), "dry_run": True})
         else:
             click.echo(
-                f"would write {gigabytes(plan.size_bytes)} to {out}: {plan.tensors} tensors, {plan.adapted} adapted"
+                f"would write {gigabytes(planned.size_bytes)} to {out}: {planned.tensors} tensors, "
+                f"{planned.adapted} adapted"
             )
         return
-    report = merge(opened, bound, out, dtype=dtype, overwrite=overwrite, progress=progress_for(as_json))
+    offsets, progress = list(offsets_of(bound)), progress_for(as_json)
+    if pipeline is None:
+        unet = merge(opened, bound, out, dtype=dtype, overwrite=overwrite, progress=progress)
+        done = PipelineMerge(unet, {}, {})
+    else:
+        done = merge_pipeline(opened, pipeline, bound, out, dtype=dtype, overwrite=overwrite, progress=progress)
     if as_json:
-        layers = [vars(layer) for layer in report.layers]
-        print_json({"out": str(out), "layers": layers, "unchanged": report.unchanged, "seconds": report.seconds})
+        encoders = {name: [vars(layer) for layer in report.layers] for name, report in done.text_encoders.items()}
+        fields = {
+            "out": str(out),
+            "layers": [vars(layer) for layer in done.unet.layers],
+            "unchanged": done.unet.unchanged,
+            "seconds": done.unet.seconds + sum(report.seconds for report in done.text_encoders.values()),
+            "offsets": offsets,
+            "text_encoders": encoders,
+            "left_out": dict(done.left_out),
+        }
+        print_json(fields)
         return
-    most = sorted(report.layers, key=lambda layer: -layer.relative_change)[:8]
-    rows = [(layer.path, f"{layer.relative_change:.3e}", f"{layer.seconds * 1e3:.1f}") for layer in most]
-    print_table(f"{len(report.layers)} layers merged, the most changed:", ["layer", "relative change", "ms"], rows)
-    if report.unchanged:
-        click.echo(f"{len(report.unchanged)} layers did not change, {report.unchanged[0]} first")
+    show_merge(done, offsets)
     click.echo(f"written: {out}")

@@ -17,18 +17,18 @@ from trexport.cli.options import (
     output_options,
     size_options,
 )
-from trexport.io_spec import FREE_AXES, Dtype
+from trexport.io_spec import Dtype
 
 PathName = Literal["activations", "dense", "weight"]
 
 
-def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, int] | None:
+def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     sizes = value.split("x")
-    if len(sizes) != len(FREE_AXES) or not all(size.isdigit() and int(size) for size in sizes):
-        raise click.BadParameter(f"{value!r}, expected batch, height, width and tokens as in 2x64x64x77")
-    return dict(zip(FREE_AXES, map(int, sizes), strict=True))
+    if not all(size.isdigit() and int(size) for size in sizes):
+        raise click.BadParameter(f"{value!r}, expected a size for each axis, for a UNet as in 2x64x64x77")
+    return tuple(map(int, sizes))
 
 
 @click.command("onnx")
@@ -64,8 +64,10 @@ def _optimum(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @click.option(
     "--timestep-per-sample", is_flag=True, help="A timestep for each sample, so that servers can batch steps."
 )
-@click.option("--unet-only", is_flag=True, help="Of a pipeline, leave text encoders and VAE out.")
-@click.option("--static", is_flag=True, help="Fix every axis, at the UNet's own sizes where no size is given.")
+@click.option(
+    "--unet-only", "--model-only", "unet_only", is_flag=True, help="Leave a pipeline's text encoders and VAE out."
+)
+@click.option("--static", is_flag=True, help="Fix every axis, at the model's own sizes where no size is given.")
 @size_options
 @base_options
 @dry_run_option
@@ -83,7 +85,7 @@ def command(
     blank: bool,
     path: PathName | None,
     plan_for: str,
-    optimum: dict[str, int] | None,
+    optimum: tuple[int, ...] | None,
     timestep_per_sample: bool,
     unet_only: bool,
     static: bool,
@@ -96,13 +98,15 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Export a UNet or a whole pipeline to ONNX, with adapters merged into the weights, kept factored, or swappable.
+    """Export a model or a whole pipeline to ONNX, with adapters merged into the weights, kept factored, or swappable.
 
     Of a pipeline, text encoders and the VAE's encoder and decoder are exported too, and tokenizers and the scheduler
-    copied, so that optimum's ORTDiffusionPipeline loads OUT. In fp16 a VAE that overflows stays in fp32.
+    copied, so that optimum's ORTDiffusionPipeline loads OUT. What adapters have for text encoders is merged into them,
+    unless adapters are kept factored or swappable. In fp16 a VAE that overflows stays in fp32.
 
-    Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data. Initialisers keep their
-    PyTorch names. Axes are free unless they are given a size or --static is set. BASE and ADAPTER as in `merge`.
+    Inputs, outputs and layout are those of optimum: OUT/unet/model.onnx with model.onnx_data (OUT/transformer of Stable
+    Diffusion 3 and Flux). Initialisers keep their PyTorch names. Axes are free unless they are given a size or --static is
+    set. BASE and ADAPTER as in `merge`.
 
     With --factored, each adapted layer is one operator of domain ai.trlora, a function of plain operators that every
     runtime takes. Cores and strength are initialisers that may be fed: see `trexport adapter`. With --bank K, cores of K
@@ -118,6 +122,7 @@ def command(
     from trexport.graph.factored import FactoredOptions
     from trexport.graph.swappable import SwappableOptions
     from trexport.models.adapters import open_adapters
+    from trexport.models.architectures import in_order
     from trexport.models.base import open_base
     from trexport.models.pipeline import open_pipeline
 
@@ -129,8 +134,10 @@ def command(
     if blank and not (factored or swappable):
         raise UsageError("--blank goes with --factored or --swappable")
     opened = open_base(base, revision=revision, variant=variant)
-    bound = open_adapters(adapters, opened)
     pipeline = None if unet_only else open_pipeline(opened)
+    # adapters that come and go are the UNet's: text encoders would keep those of the export
+    encoders = None if pipeline is None or factored or swappable else pipeline.text_encoders
+    bound = open_adapters(adapters, opened, lambda: encoders)
     sizes = {"batch_size": batch_size, "height": height, "width": width, "sequence_length": sequence_length}
     fixed = free_or_fixed(sizes, static=static, config=opened.config)
     options = ExportOptions(
@@ -140,7 +147,7 @@ def command(
         factored=FactoredOptions(blank=blank, path=path, bank=bank, plan_for=plan_for) if factored else None,
         swappable=SwappableOptions(blank=blank) if swappable else None,
         timestep_per_sample=timestep_per_sample,
-        optimum=optimum,
+        optimum=None if optimum is None else in_order(opened.config, optimum),
     )
     plan = plan_export(opened, bound, out, options, pipeline=pipeline, overwrite=overwrite)
     if dry_run:

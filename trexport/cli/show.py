@@ -15,6 +15,7 @@ from trexport.cli.console import gigabytes, print_table
 from trexport.deploy.check import ServerReport
 from trexport.graph.factored import Factored
 from trexport.manifest import ComponentRecord
+from trexport.merging import PipelineMerge
 from trexport.parity.report import ParityReport
 
 
@@ -82,11 +83,30 @@ def show_plan(factored: Factored) -> None:
     print_table(f"path plan for {factored.plan_for} at {sizes}", ["layers", "path", "tokens", *paths], rows)
 
 
+def show_merge(done: PipelineMerge, offsets: Sequence[str]) -> None:
+    """What `trexport merge` did: the layers that changed most, of the UNet and of every text encoder."""
+    for name, report in {"": done.unet, **done.text_encoders}.items():
+        if name or report.layers:
+            most = sorted(report.layers, key=lambda layer: -layer.relative_change)[:8]
+            rows = [(layer.path, f"{layer.relative_change:.3e}", f"{layer.seconds * 1e3:.1f}") for layer in most]
+            where = f" of {name}" if name else ""
+            title = f"{len(report.layers)} layers{where} merged, the most changed:"
+            print_table(title, ["layer", "relative change", "ms"], rows)
+        if report.unchanged:
+            click.echo(f"{len(report.unchanged)} layers did not change, {report.unchanged[0]} first")
+    if offsets:
+        click.echo(f"{len(offsets)} biases and weights of normalisations changed, {offsets[0]} first")
+    for name, kind in done.left_out.items():
+        click.echo(f"  {name:24} {kind}, left out")
+
+
 def show_pipeline(components: Mapping[str, ComponentRecord] | Sequence[str], left_out: Mapping[str, str]) -> None:
     """The other models of a pipeline, and what is not exported; nothing for a UNet alone."""
     for name in components:
         record = components[name] if isinstance(components, Mapping) else None
         why = f": {record.dtype_reason}" if record is not None and record.dtype_reason else ""
+        layers = sum(adapter.layers for adapter in record.adapters) if record is not None else 0
+        why += f", {layers} layers adapted" if layers else ""
         click.echo(f"  {name:24} {f'{record.class_name} {record.dtype}{why}' if record is not None else ''}".rstrip())
     for name, kind in left_out.items():
         click.echo(f"  {name:24} {kind}, left out")
@@ -112,7 +132,7 @@ def show_bench(report: BenchReport) -> None:
     columns = ["", "median ms", "p10", "p90", "n", "ratio", "roofline", "peak memory", "load s", "relative L2"]
     where = report.environment.get("gpu", report.environment["cpu"])
     sizes = ", ".join(f"{axis} {size}" for axis, size in report.sizes.items())
-    print_table(f"{report.model}, one UNet step, {report.dtype}, {sizes}; {where}", columns, rows)
+    print_table(f"{report.model}, one step, {report.dtype}, {sizes}; {where}", columns, rows)
     click.echo(
         f"work: {report.work.flops / 1e9:.4g} GFLOP, {gigabytes(report.work.size_bytes)}; this device was seen to do "
         f"{report.ceiling.flops_per_second / 1e12:.3g} TFLOP/s and {report.ceiling.bytes_per_second / 1e9:.4g} GB/s: "

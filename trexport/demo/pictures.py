@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trexport.models.diffusion import UNetStep
+from trexport.models.diffusion import DenoisingStep
 from trexport.models.sample import Sample
 
 _SCALE = 4
 
 
-def draw(sample: Sample, unet: UNetStep, prompts: Sequence[int], *, seed: int = 0) -> Tensor:
+def draw(sample: Sample, unet: DenoisingStep, prompts: Sequence[int], *, seed: int = 0) -> Tensor:
     """One picture for each prompt, from noise that depends on the seed alone.
 
     Args:

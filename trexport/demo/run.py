@@ -109,8 +109,8 @@ def run_demo(
             reference = Reference(base, adapters, DEVICE)
             shown = sample.adapters[name]["show_prompts"]
             images = {
-                "base": draw(sample, reference.plain, shown),
-                "adapter, attached": draw(sample, reference.adapted, shown),
+                "base": _draw_reference(sample, reference.plain, shown),
+                "adapter, attached": _draw_reference(sample, reference.adapted, shown),
                 "adapter, merged": _draw_merged(sample, merged, shown),
                 "ONNX Runtime": _draw_onnx(sample, onnx, shown),
             }
@@ -199,6 +199,12 @@ def _many(
         order = ", ".join(name or "none" for name in turns)
         rows[f"bank, one batch: {order}, in turn"] = png_strip(draw(sample, run, shown))
     return rows, parity
+
+
+def _draw_reference(
+    sample: Sample, step: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]], prompts: Sequence[int]
+) -> Tensor:
+    return draw(sample, lambda feeds: step(feeds)[0], prompts)
 
 
 def _draw_merged(sample: Sample, folder: Path, prompts: Sequence[int]) -> Tensor:

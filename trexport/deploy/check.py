@@ -16,12 +16,14 @@ from trexport.deploy.names import ADAPTER, LATENTS, PROMPT, image_name
 from trexport.deploy.serve.decoder import Decoder
 from trexport.deploy.serve.folder import AdapterFolder
 from trexport.errors import ArtifactError, UsageError
-from trexport.io_spec import Dtype, unet_spec
+from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base, open_base
-from trexport.models.diffusion import Denoising, UNetStep
+from trexport.models.diffusion import Denoising, DenoisingStep
+from trexport.models.model import random_feeds
+from trexport.models.pipeline import text_encoders_of
 from trexport.models.sample import sample_of
-from trexport.models.unet import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.reference import Reference
 from trexport.parity.tolerance import TOLERANCES
@@ -111,16 +113,16 @@ def check_server(
         with progress.task("check", len(cases)) as task:
             for name, timestep in cases:
                 feeds = _feeds(base, record, seed=len(checks), timestep=timestep)
-                expected = (
-                    reference.adapted(feeds) if merged else reference.mixed(feeds, [numbers.get(name)])
-                )  # a session that is asked for no adapter is the base
+                expected = (reference.adapted(feeds) if merged else reference.mixed(feeds, [numbers.get(name)]))[
+                    0
+                ]  # a session that is asked for no adapter is the base
                 found = client.run(model, _batched(feeds), _text(name, _batch(feeds)))["out_sample"]
                 what = f"timestep {timestep:g}" + (f", adapter {name}" if name else "")
                 checks.append(_compare(what, found, expected, limit))
                 task.advance(1)
         if client.has(image_name(model)):
-            denoise = reference.adapted if merged else reference.plain
-            checks += _check_image(client, model, base, record, denoise, artifact)
+            drawn = reference.adapted if merged else reference.plain
+            checks += _check_image(client, model, base, record, lambda fed: drawn(fed)[0], artifact)
     return ServerReport(url, model, checks)
 
 
@@ -145,7 +147,8 @@ def _sources(url: str, record: Mapping[str, Any], artifact: Artifact | None) -> 
         raise ArtifactError(f"{base.name}: not the base that {url} serves (its hash differs); give the artifact too")
     if record["form"] not in ("base", "merged"):
         return base, []
-    bound = open_adapters([f"{entry['name']}={entry['strength']!r}" for entry in record["adapters"]], base)
+    arguments = [f"{entry['name']}={entry['strength']!r}" for entry in record["adapters"]]
+    bound = open_adapters(arguments, base, lambda: text_encoders_of(base))
     for adapter, entry in zip(bound, record["adapters"], strict=True):
         if adapter.sha256 != entry["sha256"]:
             raise ArtifactError(f"{adapter.name}: not the adapter that {url} serves (its hash differs)")
@@ -165,7 +168,7 @@ def _feeds(base: Base, record: Mapping[str, Any], *, seed: int, timestep: float)
     """Random inputs of the usual sizes, one sample, rounded to what the server takes."""
     dtype: Dtype = record["dtype"]
     sizes = record["sizes"] | {"batch_size": 1}
-    return random_feeds(unet_spec(base.config, dtype), sizes, seed=seed, timestep=timestep)
+    return random_feeds(spec_of(base.config, dtype), sizes, seed=seed, timestep=timestep)
 
 
 def _batch(feeds: Mapping[str, Tensor]) -> int:
@@ -193,7 +196,7 @@ def _check_image(
     model: str,
     base: Base,
     record: Mapping[str, Any],
-    denoise: UNetStep,
+    denoise: DenoisingStep,
     artifact: Artifact | None,
 ) -> list[Check]:
     """A few steps without guidance, from given noise. Nothing where the server decodes and there is no decoder here."""

@@ -19,6 +19,7 @@ from trexport.deploy.unet_model import MODEL_PY, unet_config
 from trexport.disk import check_disk
 from trexport.errors import UsageError
 from trexport.manifest import MANIFEST_NAME
+from trexport.models.architectures.unet import UNet
 from trexport.progress import SILENT, Progress
 from trexport.session.forms import form_of
 from trlora.files import atomic_folder, check_free
@@ -56,7 +57,11 @@ def plan_triton(artifact: Artifact, out: Path, options: TritonOptions, *, overwr
     check_free(out, overwrite=overwrite)
     if not _NAME.fullmatch(options.name):
         raise UsageError(f"--name {options.name!r}: expected letters, digits, _, - and .")
-    if artifact.manifest.kind == "unet":
+    if artifact.manifest.io.model != UNet.class_name:
+        raise UsageError(
+            f"{artifact.folder}: a {artifact.manifest.io.model}; repositories are laid out for UNets only so far"
+        )
+    if artifact.manifest.kind == "dense":
         raise UsageError(f"{artifact.folder}: a dense UNet; make it an ONNX model first, with trexport onnx")
     takes_adapters = artifact.manifest.form in ("factored", "swappable")
     names: tuple[str, ...] = ()

@@ -10,7 +10,8 @@ from trexport.deploy.config import ModelConfig, Port, WarmUp
 from trexport.deploy.names import ADAPTER, STRENGTH
 from trexport.deploy.options import TritonOptions
 from trexport.errors import UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, default_sizes
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
+from trexport.models.architectures import default_sizes
 
 Engine = Literal["python", "onnxruntime", "tensorrt"]
 
@@ -88,14 +89,14 @@ def _why_not_native(artifact: Artifact, options: TritonOptions) -> str | None:
     io = {tensor.name: tensor for tensor in manifest.io.inputs}
     if not io["timestep"].axes:
         return "its timestep is one for the whole batch, which Triton cannot batch; export with --timestep-per-sample"
-    if isinstance(io["sample"].axes[0], int):
+    if isinstance(manifest.io.batch, int):
         return "its batch is fixed; export with the batch left free"
     return None
 
 
 def _max_batch(artifact: Artifact, options: TritonOptions) -> int:
     """The batch asked for, as far as the artifact goes."""
-    batch = next(tensor for tensor in artifact.manifest.io.inputs if tensor.name == "sample").axes[0]
+    batch = artifact.manifest.io.batch
     if isinstance(batch, int):
         return batch
     if artifact.manifest.kind == "engine":
@@ -128,7 +129,7 @@ def usual_sizes(artifact: Artifact) -> dict[str, int]:
     config = json.loads((artifact.model_folder / "config.json").read_bytes())
     sizes = default_sizes(config) | artifact.manifest.io.fixed_sizes()
     if artifact.manifest.kind == "engine":
-        sizes |= {axis: artifact.engine_record.profiles[0].opt[axis] for axis in FREE_AXES}
+        sizes |= artifact.engine_record.profiles[0].opt
     return sizes
 
 

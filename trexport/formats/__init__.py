@@ -15,6 +15,7 @@ from trexport.formats.kohya import KohyaFormat
 from trexport.formats.looks import looks_like as looks_like
 from trexport.formats.looks import widths_of as widths_of
 from trexport.formats.peft import PeftFormat
+from trexport.formats.text import left_out as left_out
 from trexport.formats.trlora import TrloraFormat
 from trlora import Adapter, CheckpointError
 from trlora.checkpoint import CONFIG_NAME

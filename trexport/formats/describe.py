@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trlora import Adapter
 
-_METHODS = {
+_METHODS: dict[tuple[str, ...], str] = {
     ("tensor_ring", "tensor_ring", "none"): "TLoRA({t},{r})",
     ("tensor_ring", "low_rank", "none"): "TLoRA*({t},{r})",
     ("identity", "low_rank", "none"): "LoRA({r})",
@@ -18,17 +18,29 @@ _METHODS = {
     ("householder", "none", "none"): "HRA({t})",
     ("diagonal", "none", "none"): "(IA)³",
     ("identity", "none", "scale"): "(IA)³",
+    ("low_rank", "low_rank", "none"): "GLoRA({t})",
+    ("block_orthogonal", "of outputs"): "OFT of outputs({o})",
+    ("butterfly", "of outputs"): "BOFT of outputs({o})",
 }
-"""Methods by the types of transform, residual and magnitude."""
+"""Methods by the types of transform, residual and magnitude; by that of an output transform, where there is one."""
 
 
 def method_of(adapter: Adapter) -> str:
-    """The name of the method, from its transform and residual."""
+    """The name of the method, from its parts."""
+    if not adapter.layers and adapter.components:
+        return method_of(next(iter(adapter.components.values())))
+    if not adapter.layers:
+        return "offsets"
     spec = adapter.config.default.to_dict()
     transform, residual, magnitude = spec["transform"], spec["residual"], spec.get("magnitude", {"type": "none"})
-    types = (transform["type"], residual["type"], magnitude["type"])
+    types: tuple[str, ...] = (transform["type"], residual["type"], magnitude["type"])
+    if "output_transform" in spec:
+        types = (spec["output_transform"]["type"], "of outputs")
     pattern = _METHODS.get(types, " + ".join(kind for kind in types if kind not in ("identity", "none")))
-    return pattern.format(t=transform.get("rank"), r=residual.get("rank"), b=transform.get("block_size"))
+    turn = spec.get("output_transform", {})
+    return pattern.format(
+        t=transform.get("rank"), r=residual.get("rank"), b=transform.get("block_size"), o=turn.get("block_size")
+    )
 
 
 def ranks_of(adapter: Adapter) -> list[int]:

@@ -12,9 +12,11 @@ _BY_CONTEXT = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: 
 
 _BY_NAME = (
     (r"(.*\.)?single_transformer_blocks\.\d+\..*", "Flux"),
-    (r"(.*\.)?transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)", "Stable Diffusion 3"),
+    (r"(.*\.)?transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)", "Stable Diffusion 3"),  # Flux has more
     (r"(.*\.)?(self_attn\.[qkv]_proj|self_attn\.out_proj|mlp\.fc[12])", "a text encoder"),
     (r"down_blocks\.1\.attentions\.\d\.transformer_blocks\.1\..*", "Stable Diffusion XL"),
+    (r"transformer_blocks\.\d+\..*", "Stable Diffusion 3 or Flux"),
+    (r"(down_blocks|mid_block|up_blocks)\..*", "a UNet"),
 )
 _CROSS = re.compile(r".*attn2\.to_[kv]")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from trexport.graph.exporter import run_exporter, save_graph, tidy
 from trexport.graph.opset import OpsetChoice, choose_opset
 from trexport.io_spec import BYTES_OF, Dtype, ModelSpec
 from trexport.manifest import MODEL_NAME, ComponentRecord
+from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.component import LoadedComponent, component_feeds, component_spec, load_component, scale_of
+from trexport.models.model import DTYPES
 from trexport.models.pipeline import INDEX_FILE, Component, Pipeline
 from trexport.models.precision import Verdict, fails_in_half
-from trexport.models.unet import DTYPES
 from trexport.progress import SILENT, Progress
 
 _TRACED = {
@@ -44,6 +45,7 @@ def export_components(
     dtype: Dtype,
     opset: int | None = None,
     fixed: Mapping[str, int] | None = None,
+    adapters: Sequence[BoundAdapter] = (),
     *,
     progress: Progress = SILENT,
 ) -> dict[str, ComponentRecord]:
@@ -53,6 +55,9 @@ def export_components(
     In float16 a VAE is tried first: one that overflows, is not close, or whose config has `force_upcast` stays in float32,
     inputs and outputs too, with the reason in its record.
 
+    Args:
+        adapters: whose parts for text encoders are merged into them.
+
     Raises:
         BaseError: a component that cannot be loaded.
         ExportError: the exporter failed, or its result is not a whole model.
@@ -60,7 +65,8 @@ def export_components(
     records = {}
     for component in pipeline.components.values():
         with progress.task(component.name):
-            loaded = load_component(component)
+            on_it = on_component(adapters, component.name)
+            loaded = load_component(component, on_it)
             verdict = _verdict(component, loaded, dtype)
             chosen: Dtype = dtype if verdict is None else "fp32"
             choice = choose_opset(chosen, opset)
@@ -74,6 +80,7 @@ def export_components(
                 opset=choice.opset,
                 io=spec,
                 content_hash=component.source.content_hash(),
+                adapters=tuple(adapter.record() for adapter in on_it),
             )
     for name, files in pipeline.copied.items():
         (folder / name).mkdir()

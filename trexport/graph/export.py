@@ -1,4 +1,4 @@
-"""`trexport onnx`: the UNet as an ONNX model, and with it the rest of its pipeline."""
+"""`trexport onnx`: a model as an ONNX model, and with it the rest of its pipeline."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from trexport.graph.passes.factor import factor
 from trexport.graph.passes.swap import swap
 from trexport.graph.swappable import Swappable, SwappableOptions, plan_swappable, save_merge_model
 from trexport.hashing import sha256_of_file
-from trexport.io_spec import BYTES_OF, FREE_AXES, Dtype, ModelSpec, banked_spec, default_sizes, downscale_of, unet_spec
+from trexport.io_spec import BYTES_OF, Dtype, ModelSpec, banked_spec, parts_of
 from trexport.manifest import MODEL_NAME, BaseRecord, Manifest, package_versions
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import Limit, architecture_of, architecture_of_model, default_sizes, limits_of
 from trexport.models.base import Base
+from trexport.models.model import load_model, merge_into_, random_feeds
 from trexport.models.pipeline import Component, Pipeline
-from trexport.models.unet import call_arguments, load_unet, merge_into_, random_feeds
 from trexport.progress import SILENT, Progress
 from trlora.files import atomic_folder, check_free
-
-UNET_FOLDER = "unet"
 
 
 @final
@@ -45,7 +44,7 @@ class ExportOptions:
     opset: int | None = None
     """None chooses, with the reason in the manifest."""
     fixed: Mapping[str, int] | None = None
-    """Axes to fix, by name (see `trexport.io_spec.FREE_AXES`); the others stay free. None leaves all free."""
+    """Axes to fix, by name (see `trexport.models.architectures`); the others stay free. None leaves all free."""
     factored: FactoredOptions | None = None
     """Keep the adapters factored, as operators of domain `ai.trlora`."""
     swappable: SwappableOptions | None = None
@@ -53,7 +52,7 @@ class ExportOptions:
     timestep_per_sample: bool = False
     """`timestep` is (batch,): samples at different steps share a batch, and servers that know no scalars take the model."""
     optimum: Mapping[str, int] | None = None
-    """Sizes that free axes will mostly have, for the factored form's plan; the UNet's own where not given."""
+    """Sizes that free axes will mostly have, for the factored form's plan; the model's own where not given."""
 
 
 @final
@@ -84,11 +83,12 @@ def export_onnx(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Manifest:
-    """Write `OUT/unet/model.onnx`, `model.onnx_data` and `config.json`, and `OUT/trexport.json`, with the adapters merged
-    in, kept factored, or swappable (then with `merge.onnx` beside the model); names and layout are optimum's.
+    """Write `OUT/unet/model.onnx` (or `transformer`, … as the architecture says), `model.onnx_data` and `config.json`, and
+    `OUT/trexport.json`, with the adapters merged in, kept factored, or swappable (then with `merge.onnx` beside the model);
+    names and layout are optimum's.
 
     Args:
-        pipeline: the base's, to export all of it: see `trexport.graph.components`. None for the UNet alone.
+        pipeline: the base's, to export all of it: see `trexport.graph.components`. None for the model alone.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is not set.
@@ -100,34 +100,36 @@ def export_onnx(
     choice, spec, kept = plan.choice, plan.spec, plan.factored or plan.swappable
     with atomic_folder(out, overwrite=overwrite) as folder, ThreadPoolExecutor(1) as hashing:
         base_hash = hashing.submit(base.content_hash)
-        # before the UNet, for they are small: what is wrong with one is said within seconds
+        # before the large one, for they are small: what is wrong with one is said within seconds
         components = (
             {}
             if pipeline is None
-            else export_components(pipeline, folder, options.dtype, options.opset, options.fixed, progress=progress)
+            else export_components(
+                pipeline, folder, options.dtype, options.opset, options.fixed, adapters, progress=progress
+            )
         )
-        model = load_unet(base, options.dtype, progress=progress)
+        model = load_model(base, options.dtype, progress=progress)
         if kept is None:
             merge_into_(model, adapters, progress=progress)
         with progress.task("export"):
-            graph = _export(model, spec, plan.sizes, choice)
+            graph = _export(model, base, spec, plan.sizes, choice.opset)
             if plan.factored is not None:
                 tensors = default_tensors(plan.factored, adapters)
                 factor(graph, plan.factored.slots, tensors, plan.factored.plan, options.dtype, plan.factored.bank)
                 spec = banked_spec(spec) if plan.factored.bank is not None else spec
             if plan.swappable is not None:
                 swap(graph, plan.swappable.slot.layers)
-        unet = folder / UNET_FOLDER
-        unet.mkdir()
+        inner = folder / base.architecture.folder
+        inner.mkdir()
         with progress.task("save", base.size_bytes) as task:
-            save_graph(graph, unet, lambda written: task.advance(written))
+            save_graph(graph, inner, lambda written: task.advance(written))
             if plan.swappable is not None:
-                save_merge_model(unet / MODEL_NAME, plan.swappable.slot, options.dtype, choice.opset)
+                save_merge_model(inner / MODEL_NAME, plan.swappable.slot, options.dtype, choice.opset)
         names = [name for name, _ in model.named_parameters()]
-        check_model(unet / MODEL_NAME, spec, names)
+        check_model(inner / MODEL_NAME, spec, names)
         config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (unet / "config.json").write_text(text, encoding="utf-8")
+        (inner / "config.json").write_text(text, encoding="utf-8")
         with progress.task("hash"):
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in paths}
@@ -170,7 +172,7 @@ def plan_export(
         size_bytes += components_size(pipeline, options.dtype)
         beside = {"components": pipeline.components, "left_out": pipeline.left_out}
     check_disk(out, size_bytes)
-    spec = unet_spec(base.config, options.dtype, options.fixed, timestep_per_sample=options.timestep_per_sample)
+    spec = base.architecture.spec(options.dtype, options.fixed, timestep_per_sample=options.timestep_per_sample)
     if options.swappable is not None:
         if options.factored is not None:
             raise UsageError("factored and swappable are two forms; choose one")
@@ -186,62 +188,71 @@ def plan_export(
 
 
 def check_sizes(config: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
-    """The sizes to trace with: those given, the UNet's own for the rest.
+    """The sizes to trace with: those given, the model's own for the rest.
 
     Raises:
-        UsageError: a size below 1, or a height or width that the UNet's levels do not divide.
+        UsageError: an axis that the model does not have, or a size that it does not take.
     """
-    multiple = downscale_of(config)
-    for axis, size in given.items():
-        step = multiple if axis in ("height", "width") else 1
-        if size < 1 or size % step:
-            raise UsageError(f"{axis} {size} given, expected a positive multiple of {step}")
-    return default_sizes(config) | dict(given)
+    limits = limits_of(config)
+    chosen = architecture_of(config).sizes(given)
+    for axis, size in chosen.items():
+        limit = limits[axis]
+        if size < 1 or size % limit.multiple or size > (limit.most or size):
+            most = f", {limit.most} at most" if limit.most else ""
+            raise UsageError(f"{axis} {size} given, expected a positive multiple of {limit.multiple}{most}")
+    return default_sizes(config) | chosen
 
 
-def trace(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], opset: int) -> torch.onnx.ONNXProgram:
+def trace(
+    model: torch.nn.Module, config: Mapping[str, Any], spec: ModelSpec, sizes: Mapping[str, int], opset: int
+) -> torch.onnx.ONNXProgram:
     """The exporter's program, not optimised: ONNX graph, decomposed torch graph, and names shared by both.
+
+    Args:
+        config: the model's, as its base has it.
 
     Raises:
         ExportError: the exporter failed; its reason is the message.
     """
-    args, kwargs = call_arguments(random_feeds(spec, sizes))
-    shapes = _dynamic_shapes(spec, kwargs, multiple=downscale_of(model.config))  # type: ignore[arg-type]
-    return run_exporter(model, args, kwargs, spec, shapes, opset)
+    traced = {axis: max(2, size) if axis in spec.free_axes else size for axis, size in sizes.items()}
+    arguments = architecture_of_model(model).arguments(random_feeds(spec, traced))  # torch takes a 1 for a constant
+    return run_exporter(model, (), arguments, spec, dynamic_shapes(config, spec), opset)
 
 
-def _export(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int], choice: OpsetChoice) -> ir.Model:
-    program = trace(model, spec, sizes, choice.opset)
-    return tidy(program, spec, {name for name, _ in model.named_parameters()}, UNET_FOLDER)
+def _export(model: torch.nn.Module, base: Base, spec: ModelSpec, sizes: Mapping[str, int], opset: int) -> ir.Model:
+    program = trace(model, base.config, spec, sizes, opset)
+    return tidy(program, spec, {name for name, _ in model.named_parameters()}, base.architecture.folder)
 
 
-def _dynamic_shapes(spec: ModelSpec, kwargs: Mapping[str, Any], multiple: int) -> dict[str, Any] | None:
+def dynamic_shapes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any] | None:
+    """The free axes of every argument of the model's `forward`, as `torch.export` takes them; None where all are fixed."""
     if not spec.free_axes:
         return None
-    dims: dict[str, Any] = {}
-    for axis in spec.free_axes:
-        if axis in ("height", "width"):
-            dims[axis] = multiple * torch.export.Dim(f"{axis}_over_{multiple}", min=1)
-        elif axis == "batch_size":
-            # diffusers' upsampling asks for contiguous memory from 64 samples on, which no ONNX graph knows of; without the
-            # bound torch.export fails, refines the range and starts over, for twice the time
-            dims[axis] = torch.export.Dim(axis, min=1, max=63)
-        else:
-            dims[axis] = torch.export.Dim(axis, min=1)
-    shapes: dict[str, Any] = {
-        tensor.name: {d: dims[axis] for d, axis in enumerate(tensor.axes) if isinstance(axis, str)}
+    limits = limits_of(config)
+    dims = {axis: (_dim(axis, limits[axis]), limits[axis].multiple) for axis in spec.free_axes}
+
+    def of(axis: str) -> Any:
+        name, times, _ = parts_of(axis)
+        dim, multiple = dims[name]
+        return times * multiple * dim if times * multiple > 1 else dim
+
+    free = {
+        tensor.name: {d: of(axis) for d, axis in enumerate(tensor.axes) if isinstance(axis, str)}
         for tensor in spec.inputs
     }
-    result = {name: shapes[name] for name in ("sample", "timestep", "encoder_hidden_states")}
-    if "added_cond_kwargs" in kwargs:
-        result["added_cond_kwargs"] = {name: shapes[name] for name in kwargs["added_cond_kwargs"]}
-    return result | {"return_dict": None}
+    arguments = architecture_of(config).arguments(free)
+    return {name: value if isinstance(value, dict) else None for name, value in arguments.items()}
+
+
+def _dim(axis: str, limit: Limit) -> Any:
+    """An axis, or what it is a multiple of."""
+    most = limit.most or limit.most_traced
+    name = axis if limit.multiple == 1 else f"{axis}_over_{limit.multiple}"
+    return torch.export.Dim(name, min=1, max=None if most is None else most // limit.multiple)
 
 
 def free_or_fixed(given: Mapping[str, int | None], *, static: bool, config: Mapping[str, Any]) -> dict[str, int]:
-    """The axes to fix for `--static` and the size options: with `static`, all of them, at the UNet's own sizes where
+    """The axes to fix for `--static` and the size options: with `static`, all of them, at the model's own sizes where
     nothing is given; otherwise only those given."""
-    chosen = {axis: size for axis, size in given.items() if size is not None}
-    if not static:
-        return chosen
-    return {axis: chosen.get(axis, default_sizes(config)[axis]) for axis in FREE_AXES}
+    chosen = architecture_of(config).sizes(given)
+    return default_sizes(config) | chosen if static else chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from trexport.errors import ExportError
 from trexport.graph.passes.fold import fold
 from trexport.graph.passes.metadata import metadata
+from trexport.graph.passes.permutation import permutation
 from trexport.graph.passes.promote import promote
 from trexport.io_spec import ModelSpec
 from trexport.manifest import MODEL_NAME
@@ -47,18 +49,29 @@ def run_exporter(
                 input_names=[tensor.name for tensor in spec.inputs],
                 output_names=[tensor.name for tensor in spec.outputs],
                 dynamic_shapes=dynamic_shapes,
+                custom_translation_table={operator.floordiv: _floor_div},
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            told = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(Refer to")]
+            reason = told[-1] if told else type(error).__name__
             raise ExportError(f"torch's ONNX exporter failed: {reason}") from error
     assert program is not None
     return program
 
 
+def _floor_div(dividend: Any, divisor: Any) -> Any:
+    """Python's `//` of sizes. The exporter's own is ONNX's `Div`, which rounds towards zero: wrong for the negative numbers
+    that torch's rewriting of sizes comes to, (12 − h) // 2 as 6 + (−h) // 2 for instance."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
+
+
 def tidy(program: torch.onnx.ONNXProgram, spec: ModelSpec, parameters: Set[str], name: str) -> ir.Model:
     """The program's graph folded, without what the exporter writes beside it, its axes called as in `spec`."""
-    graph = promote(program.model)
+    graph = permutation(promote(program.model))
     fold(graph, set(parameters))
     metadata(graph)
     for value, tensor in zip([*graph.graph.inputs, *graph.graph.outputs], [*spec.inputs, *spec.outputs], strict=True):

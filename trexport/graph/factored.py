@@ -13,7 +13,7 @@ from trexport.graph.ops.plan import COST_MODELS, LayerPlan, Path, plan_layer
 from trexport.graph.ops.slots import Slot, banked, joined_slot, slots_for
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
-from trexport.models.unet import rows_of_layers
+from trexport.models.model import offsets_of, rows_of_layers
 
 
 @final
@@ -74,7 +74,8 @@ def plan_factored(
         optimum: sizes of all free axes.
 
     Raises:
-        UsageError: no adapter given, more than a bank holds, an unknown `plan_for`, or adapters on convolutions.
+        UsageError: no adapter given, more than a bank holds, an unknown `plan_for`, adapters on biases or normalisations, or
+            a bank on convolutions.
         ArtifactError: adapters that cannot share a bank.
     """
     if not adapters:
@@ -83,15 +84,21 @@ def plan_factored(
         raise UsageError(f"no cost model {options.plan_for!r}, expected one of {sorted(COST_MODELS)}")
     if options.bank is not None and not 1 <= len(adapters) <= options.bank:
         raise UsageError(f"{len(adapters)} adapters given for a bank of {options.bank}; give --bank {len(adapters)}")
+    added = offsets_of(adapters)
+    if added:
+        raise UsageError(
+            f"{len(added)} biases and weights of normalisations are changed ({next(iter(added))} the first), which no graph "
+            "keeps factored: export merged"
+        )
     given = [adapter.layers for adapter in adapters]
     slots = slots_for(given) if options.bank is None else [joined_slot(given)]
     shapes = base.weight_shapes()
     paths = [path for path in shapes if any(path in slot.layers for slot in slots)]
     convolutions = [path for path in paths if len(shapes[path]) != 2]
-    if convolutions:
+    if convolutions and options.bank is not None:
         raise UsageError(
-            f"{len(convolutions)} adapted layers are convolutions ({convolutions[0]} the first), which no graph keeps "
-            "factored: export merged, or --swappable"
+            f"{len(convolutions)} adapted layers are convolutions ({convolutions[0]} the first), which take one weight for "
+            "all samples: export without --bank, or --swappable"
         )
     rows = rows_of_layers(base, optimum, paths)
     model = COST_MODELS[options.plan_for]
@@ -99,8 +106,7 @@ def plan_factored(
     for path in paths:
         on_layer = [slot.layers[path] for slot in slots if path in slot.layers]
         samples = 1 if options.bank is None else optimum["batch_size"]
-        out_features, in_features = shapes[path]
-        plan[path] = plan_layer(on_layer, (out_features, in_features), rows[path], model, options.path, samples)
+        plan[path] = plan_layer(on_layer, shapes[path], rows[path], model, options.path, samples)
     return Factored(slots, plan, dict(optimum), options.plan_for, options.blank, options.bank)
 
 

@@ -1,4 +1,4 @@
-"""The swappable form: a UNet whose adapted weights may be fed, and `merge.onnx`, which computes them."""
+"""The swappable form: a model whose adapted weights may be fed, and `merge.onnx`, which computes them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from trexport.graph.ops.weight import WeightSignature, weight_function
 from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.models.model import beside_weights, offsets_of
 
 MERGE_NAME = "merge.onnx"
 ADAPTERS_AXIS = "adapters"
@@ -52,7 +53,7 @@ def plan_swappable(base: Base, adapters: Sequence[BoundAdapter], options: Swappa
     """The slot that takes each of some adapters.
 
     Raises:
-        UsageError: no adapter given, or one that scales a bias.
+        UsageError: no adapter given, or one that changes a bias or a normalisation.
         ArtifactError: adapters that have no common shape.
     """
     if not adapters:
@@ -60,13 +61,12 @@ def plan_swappable(base: Base, adapters: Sequence[BoundAdapter], options: Swappa
             "--swappable needs an adapter, for its shapes: give one (random:tlora:2:6 has any), --blank it"
         )
     slot = joined_slot([adapter.layers for adapter in adapters])
-    parameters = base.shapes()
-    for path, layer in slot.layers.items():
-        if layer.magnitude is not None and layer.magnitude.scales_bias and f"{path}.bias" in parameters:
-            raise UsageError(
-                f"{path}: an adapter scales the layer's bias, as (IA)³ does outside of feed-forward layers, and a swappable "
-                "model takes other weights only: export it merged, or --factored"
-            )
+    others = beside_weights(base, adapters)
+    if others:
+        raise UsageError(
+            f"{others[0]}: an adapter changes it, as (IA)³ does biases outside of feed-forward layers, and a swappable "
+            f"model takes other weights only: export it merged{', or --factored' if not offsets_of(adapters) else ''}"
+        )
     return Swappable(slot, options.blank)
 
 
@@ -75,13 +75,13 @@ def merged_name(path: str) -> str:
     return f"merged.{path}.weight"
 
 
-def save_merge_model(unet: Path, slot: Slot, dtype: Dtype, opset: int) -> Path:
-    """Write `merge.onnx` beside a saved UNet, with its pristine weights in the UNet's own data file.
+def save_merge_model(source: Path, slot: Slot, dtype: Dtype, opset: int) -> Path:
+    """Write `merge.onnx` beside a saved model, with its pristine weights in the model's own data file.
 
     Inputs: `strength` (adapters,) and the slot's tensors, (adapters, …) each, all float32. Outputs: `merged.<path>.weight`
     for every layer of the slot.
     """
-    model = ir.load(unet)
+    model = ir.load(source)
     adapters = ir.SymbolicDim(ADAPTERS_AXIS)
     strength = ir.val(STRENGTH, dtype=ir.DataType.FLOAT, shape=ir.Shape([adapters]))
     graph = ir.Graph([strength], [], nodes=[], opset_imports={"": opset, DOMAIN: VERSION}, name="merge")
@@ -113,6 +113,6 @@ def save_merge_model(unet: Path, slot: Slot, dtype: Dtype, opset: int) -> Path:
         graph.append(ir.Node(DOMAIN, names[key], [weight, strength, *values], outputs=[result], name=path))
         graph.outputs.append(result)
     merge = ir.Model(graph, ir_version=model.ir_version, producer_name="trexport", functions=list(functions.values()))
-    target = unet.with_name(MERGE_NAME)
+    target = source.with_name(MERGE_NAME)
     ir.save(merge, target)
     return target

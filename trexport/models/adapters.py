@@ -6,22 +6,25 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 
 from trexport.errors import AdapterWarning, TrexportError, UsageError
-from trexport.formats import looks_like, read_adapter, widths_of
+from trexport.formats import left_out, looks_like, read_adapter, widths_of
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import AdapterRecord
-from trexport.models.base import sample_folder
+from trexport.models.architectures.unet import UNet
+from trexport.models.base import Base, sample_folder
 from trlora import Adapter, AdapterConfig, AdapterSpec, CheckpointError, LayerAdapter, LayerParts
 from trlora.errors import nearest
 from trlora.targets import PRESETS
 
+_T = TypeVar("_T")
+_TEXT_MODEL = "text_model."
 _STRENGTH = re.compile(r"(?P<name>.+)=(?P<strength>[^=/\\]*)")
 
 
@@ -36,6 +39,10 @@ class Layers(Protocol):
         (out, in/groups, height, width)."""
         ...
 
+    def addable(self) -> Mapping[str, tuple[int, ...]] | None:
+        """The parameters that offsets are added to, by name; None where nobody adds them."""
+        ...
+
 
 @final
 @dataclass(frozen=True)
@@ -48,21 +55,39 @@ class BoundAdapter:
     layers: Mapping[str, LayerAdapter]
     strength: float
     sha256: str
+    components: Mapping[str, BoundAdapter] = field(default_factory=dict)
+    """What of it is on the text encoders of the base's pipeline, by the component's name, at the same strength."""
+
+    @property
+    def on_base(self) -> bool:
+        """Whether anything of it is on the base itself, and not on text encoders only."""
+        return bool(self.layers or self.adapter.offsets)
 
     def record(self) -> AdapterRecord:
-        return AdapterRecord(self.name, self.strength, self.sha256, len(self.layers), self.adapter.parameters)
+        layers, offsets = len(self.layers), len(self.adapter.offsets)
+        components = {name: len(bound.layers) for name, bound in self.components.items()}
+        return AdapterRecord(
+            self.name, self.strength, self.sha256, layers, self.adapter.parameters, offsets, components
+        )
 
 
-def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
-    """Open `ADAPTER[=STRENGTH]` arguments and bind every tensor of each to a layer of the base.
+def open_adapters(
+    arguments: Sequence[str], base: Layers, components: Callable[[], Mapping[str, Layers] | None] = lambda: None
+) -> list[BoundAdapter]:
+    """Open `ADAPTER[=STRENGTH]` arguments and bind every tensor of each to a layer of the base, or of a text encoder.
 
     ADAPTER is a folder or file of any format of `trexport.formats`, `sample:digits/NAME`, or `random:tlora:2:6` (random and
     trained on nothing, for measuring; also `random:tlora-star:2:4`, `random:lora:4`). A strength left out is the
     checkpoint's own.
 
+    Args:
+        components: gives the text encoders beside the base, by name, where an adapter has something for them; None where
+            the base is alone. What is for text encoders is left out then, with an `AdapterWarning`.
+
     Raises:
         UsageError: a strength that is no number, an unknown name, or the same adapter twice.
-        CheckpointError: the adapter is refused, or does not fit the base.
+        CheckpointError: the adapter is refused, or does not fit the base or a text encoder; or what is left out is all of
+            it.
     """
     bound: list[BoundAdapter] = []
     for argument in arguments:
@@ -76,23 +101,68 @@ def open_adapters(arguments: Sequence[str], base: Layers) -> list[BoundAdapter]:
             path = adapter_path(name)
             adapter = read_adapter(path)
             digest = sha256_of_folder(path) if path.is_dir() else sha256_of_file(path)
-            for note in adapter.notes:
-                warnings.warn(f"{name}: {note}", AdapterWarning, stacklevel=2)
         chosen = adapter.config.strength if strength is None else strength
-        bound.append(BoundAdapter(name, adapter, _bind(adapter, base), chosen, digest))
+        beside = _beside(name, adapter, components(), chosen, digest) if adapter.components else {}
+        bound.append(BoundAdapter(name, adapter, _bind(adapter, base), chosen, digest, beside))
     return bound
+
+
+def on_component(adapters: Sequence[BoundAdapter], component: str) -> list[BoundAdapter]:
+    """What of some adapters is on a component."""
+    return [adapter.components[component] for adapter in adapters if component in adapter.components]
+
+
+def _beside(
+    name: str, adapter: Adapter, components: Mapping[str, Layers] | None, strength: float, digest: str
+) -> dict[str, BoundAdapter]:
+    """An adapter's parts for text encoders, bound to them."""
+    if components is None:
+        note = left_out(adapter.components)
+        if not adapter.layers and not adapter.offsets:
+            raise CheckpointError(f"{name}: nothing for the UNet or transformer inside, {note}; give a whole pipeline")
+        warnings.warn(f"{name}: {note}: only the UNet or transformer is adapted here", AdapterWarning, stacklevel=3)
+        return {}
+    bound: dict[str, BoundAdapter] = {}
+    for component, part in adapter.components.items():
+        if component not in components:
+            found = ", ".join(sorted(components)) or "no text encoder"
+            raise CheckpointError(
+                f"{name}: adapters of {len(part.layers)} layers of {component}, the base's pipeline has {found}; with "
+                "--unet-only what is for text encoders is left out"
+            )
+        layers = components[component]
+        part = replace(part, layers=as_text_names(part.layers, layers.addable() or {}), source=f"{name}: {component}")
+        part = replace(part, offsets=as_text_names(part.offsets, layers.addable() or {}))
+        bound[component] = BoundAdapter(name, part, _bind(part, layers), strength, digest)
+    return bound
+
+
+def as_text_names(named: Mapping[str, _T], known: Iterable[str]) -> dict[str, _T]:
+    """Something by the names of a text encoder's modules or parameters, by those that the encoder has: transformers has
+    CLIP's modules below `text_model` up to version 4, and some of them no more from 5 on."""
+    below = any(name.startswith(_TEXT_MODEL) for name in known)
+    bare = {name.removeprefix(_TEXT_MODEL): value for name, value in named.items()}
+    outside = "text_projection"  # which is below in no version
+    return {
+        f"{_TEXT_MODEL}{name}" if below and not name.startswith(outside) else name: value
+        for name, value in bare.items()
+    }
 
 
 def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
     shapes = base.weight_shapes()
     try:
-        return adapter.bind(shapes)
+        return adapter.bind(shapes, base.addable())
     except CheckpointError as error:
         wanted = looks_like(widths_of(adapter.layers))
         found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})
-        if wanted is None or wanted == found:
-            raise
         there = "" if found is None else f", {base.name} like {found}"
+        if isinstance(base, Base) and base.architecture.noun != UNet.noun:
+            there = f", {base.name} is a {base.architecture.noun}"
+        elif wanted == found:
+            raise
+        if wanted is None:
+            raise
         raise CheckpointError(f"{error}\nthe adapter looks like one for {wanted}{there}") from error
 
 

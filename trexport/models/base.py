@@ -1,4 +1,4 @@
-"""BASE on the command line: where a UNet comes from."""
+"""BASE on the command line: where a model comes from."""
 
 from __future__ import annotations
 
@@ -6,42 +6,49 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, final
 
 from trexport.errors import BaseError, UsageError
 from trexport.hashing import hash_of_bytes, hash_of_tensors
-from trexport.models.architectures import ARCHITECTURES
+from trexport.models.architectures import ARCHITECTURES, RANDOM, Architecture, architecture_of, class_of
 from trexport.models.weights import Entry, RandomWeights, SafetensorsFile, WeightFile
 from trexport.models.writer import bytes_of
 from trexport.progress import SILENT, Progress
 from trlora.errors import nearest
 
-UNET_CLASS = "UNet2DConditionModel"
 WEIGHTS_STEM = "diffusion_pytorch_model"
+
 INDEX_NAME = f"{WEIGHTS_STEM}.safetensors.index.json"
+_DENOISERS = tuple(dict.fromkeys(kind.folder for kind in ARCHITECTURES.values() if kind.sampling is not None))
 
 
 @final
 @dataclass(frozen=True)
 class Base:
-    """A UNet before it is a model: its config and its weights on demand."""
+    """A model before it is one in memory: its config and its weights on demand."""
 
     name: str
     """As it was given."""
     config: Mapping[str, Any]
     weights: Sequence[WeightFile]
     folder: Path | None = None
-    """The pipeline's folder, or the UNet's own where there is no pipeline; None for `random:`."""
+    """The pipeline's folder, or the model's own where there is no pipeline; None for `random:`."""
     index: Mapping[str, Any] | None = field(default=None, repr=False)
     """The shard index, where the weights are sharded."""
     variant: str | None = None
     """The infix of the weight files' names, for instance `fp16`."""
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What follows from the config."""
+        return architecture_of(self.config, list(self.shapes()))
+
     def plain_name(self, name: str) -> str:
         """A weight file's name without the variant: what `from_pretrained` looks for when it is not told of one."""
-        return name.replace(f"{WEIGHTS_STEM}.{self.variant}", WEIGHTS_STEM, 1) if self.variant else name
+        return name.replace(f".{self.variant}", "", 1) if self.variant else name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and its shape."""
@@ -49,11 +56,18 @@ class Base:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The weights of linear layers, (out, in), and of convolutions, (out, in/groups, height, width), by module path."""
+        is_layer = self.architecture.is_layer
         return {
-            name.removesuffix(".weight"): shape
-            for name, shape in self.shapes().items()
-            if name.endswith(".weight") and len(shape) in (2, 4)
+            path: shape
+            for path, shape in (
+                (n.removesuffix(".weight"), s) for n, s in self.shapes().items() if n.endswith(".weight")
+            )
+            if len(shape) in (2, 4) and is_layer(path)
         }
+
+    def addable(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter: a merge adds to any."""
+        return self.shapes()
 
     @property
     def size_bytes(self) -> int:
@@ -75,7 +89,8 @@ class Base:
 
 
 def open_base(name: str, *, revision: str | None = None, variant: str | None = None) -> Base:
-    """Open a BASE: a diffusers pipeline or UNet folder, a Hub id, `random:NAME`, or `sample:digits`.
+    """Open a BASE: a diffusers pipeline's folder (its UNet or transformer is meant) or one model's own, a Hub id,
+    `random:NAME`, or `sample:digits`.
 
     Args:
         revision: branch, tag or commit of a Hub id.
@@ -97,7 +112,7 @@ def open_base(name: str, *, revision: str | None = None, variant: str | None = N
         return _folder(name, _download(name, revision, variant), variant)
     raise BaseError(
         f"{name}: no such folder; expected a diffusers folder, a Hub id (owner/name), "
-        f"random:{{{','.join(ARCHITECTURES)}}} or sample:digits"
+        f"random:{{{','.join(RANDOM)}}} or sample:digits"
     )
 
 
@@ -115,14 +130,15 @@ def sample_folder(name: str) -> Path:
 
 
 def _random(name: str, architecture: str) -> Base:
-    if architecture not in ARCHITECTURES:
-        known = list(ARCHITECTURES)
+    if architecture not in RANDOM:
+        known = list(RANDOM)
         raise UsageError(f"{name}: unknown architecture, expected one of {known}{nearest(architecture, known)}")
-    from trexport.models.unet import empty_unet
+    from trexport.models.model import empty_model
 
-    model = empty_unet(ARCHITECTURES[architecture])
+    kind = architecture_of(RANDOM[architecture])
+    model = empty_model(kind)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    return Base(name, {**model.config, "_class_name": UNET_CLASS}, [RandomWeights(name, shapes)])
+    return Base(name, kind.full_config(model), [RandomWeights(name, shapes, stem=kind.stem)])
 
 
 def _folder(name: str, folder: Path, variant: str | None) -> Base:
@@ -130,18 +146,22 @@ def _folder(name: str, folder: Path, variant: str | None) -> Base:
         raise BaseError(
             f"{folder}: a file, expected a diffusers folder (with config.json, or model_index.json and unet/)"
         )
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    file = unet / "config.json"
+    # of a pipeline what denoises is meant; its ControlNet is opened by its own folder
+    inner = next((folder / part for part in _DENOISERS if (folder / part).is_dir()), folder)
+    file = inner / "config.json"
     if not file.is_file():
-        raise BaseError(f"{folder}: no UNet inside, expected {unet.name}/config.json or unet/config.json")
+        raise BaseError(
+            f"{folder}: no model inside, expected config.json, or that of a pipeline in {' or '.join(_DENOISERS)}"
+        )
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
         raise BaseError(f"{file}: not JSON ({error})") from error
-    found = config.get("_class_name") if isinstance(config, dict) else None
-    if found != UNET_CLASS:
-        raise BaseError(f"{file}: the model is a {found}, expected a {UNET_CLASS}")
-    weights, index = weight_files(unet, variant)
+    if not isinstance(config, dict) or class_of(config) not in ARCHITECTURES:
+        found = class_of(config) if isinstance(config, dict) else None
+        raise BaseError(f"{file}: the model is a {found}, expected one of {list(ARCHITECTURES)}")
+    architecture = architecture_of(config)
+    weights, index = weight_files(inner, variant, architecture.stem, architecture.pickle_stem)
     return Base(name, config, weights, folder, index, variant)
 
 
@@ -199,8 +219,8 @@ def looks_like_hub_id(name: str) -> bool:
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
     infix = f".{variant}" if variant else ""
     wanted = [f"{WEIGHTS_STEM}{infix}.safetensors", f"{WEIGHTS_STEM}{infix}-*.safetensors", f"*.index{infix}.json"]
-    patterns = ["model_index.json", "scheduler/*.json", "config.json", "unet/config.json"]
-    patterns += [f"{prefix}{pattern}" for prefix in ("", "unet/") for pattern in wanted]
+    patterns = ["model_index.json", "scheduler/*.json"]
+    patterns += [f"{prefix}{p}" for prefix in ("", *(f"{n}/" for n in _DENOISERS)) for p in ("config.json", *wanted)]
     return download(name, revision, patterns)
 
 

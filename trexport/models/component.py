@@ -1,15 +1,11 @@
-"""Components of a pipeline as torch modules with optimum's inputs and outputs, and what to feed them.
-
-The only file that imports transformers.
-"""
+"""Components of a pipeline as torch modules with optimum's inputs and outputs, and what to feed them."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, final
 
@@ -18,8 +14,11 @@ from torch import Tensor, nn
 
 from trexport.errors import BaseError
 from trexport.io_spec import Axis, Dtype, ModelSpec, TensorSpec
+from trexport.models.adapters import BoundAdapter, as_text_names
+from trexport.models.architectures import ARCHITECTURES
+from trexport.models.model import DTYPES, add_offsets_, attach_all_, merge_into_
 from trexport.models.pipeline import Component
-from trexport.models.unet import DTYPES
+from trexport.models.text_models import config_of_text_model, load_text_model
 
 _OLD_BUFFER = "position_ids"  # a constant that older checkpoints hold
 
@@ -47,22 +46,22 @@ def component_spec(component: Component, dtype: Dtype, fixed: Mapping[str, int] 
 
     Args:
         dtype: of all but `input_ids`, which is int64.
-        fixed: the UNet's fixed axes, in latents. The batch stays free, for guidance doubles the UNet's alone.
+        fixed: the fixed axes of the model that denoises, in latents. The batch stays free, for guidance doubles that
+            model's alone.
     """
     fixed, config = fixed or {}, component.source.config
     batch = "batch_size"
     if component.kind == "text_encoder":
-        tokens = fixed.get("sequence_length", "sequence_length")
-        width = config["hidden_size"]
-        state = TensorSpec("last_hidden_state", dtype, (batch, tokens, width))
-        if component.class_name == "CLIPTextModelWithProjection":
-            outputs = [TensorSpec("text_embeds", dtype, (batch, config["projection_dim"])), state]
-        else:
-            outputs = [state, TensorSpec("pooler_output", dtype, (batch, width))]
-        if component.hidden_states:
-            count = config["num_hidden_layers"] + 1
-            outputs += [TensorSpec(f"hidden_states.{i}", dtype, (batch, tokens, width)) for i in range(count)]
-        return ModelSpec((TensorSpec("input_ids", "int64", (batch, tokens)),), tuple(outputs))
+        # Stable Diffusion 3 and Flux read T5's tokens too, which are more than CLIP can have
+        most = config["max_position_embeddings"]
+        sizes = {axis: min(size, most) for axis, size in fixed.items() if axis == "sequence_length"}
+        spec = ARCHITECTURES[component.class_name](config).spec(dtype, sizes)
+        if not component.hidden_states:
+            return spec
+        state = next(tensor for tensor in spec.outputs if tensor.name == "last_hidden_state")
+        count = config["num_hidden_layers"] + 1
+        inner = tuple(replace(state, name=f"hidden_states.{i}") for i in range(count))
+        return replace(spec, outputs=spec.outputs + inner)
     scale = scale_of(component)
     channels = config["latent_channels"]
 
@@ -91,8 +90,14 @@ def _over(axis: Axis, factor: int) -> Axis:
     return axis // factor if isinstance(axis, int) else f"{axis} / {factor}"
 
 
-def load_component(component: Component) -> LoadedComponent:
+def load_component(
+    component: Component, adapters: Sequence[BoundAdapter] = (), *, merged: bool = True
+) -> LoadedComponent:
     """The component as PyTorch computes it, from its safetensors files only.
+
+    Args:
+        adapters: of a text encoder, that are to be in it.
+        merged: whether they are merged into its weights, or kept beside them.
 
     Raises:
         BaseError: diffusers or transformers cannot build it, or weights are missing, unknown or of a wrong shape.
@@ -112,8 +117,16 @@ def load_component(component: Component) -> LoadedComponent:
                 hint = "; saved by transformers 5 it has names that 4 does not know: install transformers 5, or save it by 4"
             raise BaseError(f"{source.name}: {len(list(keys))} weights are {kind}, {sorted(keys)[0]} first{hint}")
     model = model.float().eval().requires_grad_(False)
+    if adapters:
+        known = [name for name, _ in model.named_parameters()]
+        named = [_renamed(adapter, known) for adapter in adapters]
+        if merged:
+            merge_into_(model, named)
+        else:
+            add_offsets_(model, named)
+            attach_all_(model, named)
     if component.kind == "text_encoder":
-        config = json.loads(model.config.to_json_string(use_diff=False))
+        config = config_of_text_model(model)
         module: nn.Module = _TextEncoder(model, [tensor.name for tensor in component_spec(component, "fp32").outputs])
     else:
         config = dict(model.config) | {"_class_name": component.class_name}
@@ -124,21 +137,20 @@ def load_component(component: Component) -> LoadedComponent:
     )
 
 
+def _renamed(adapter: BoundAdapter, known: Sequence[str]) -> BoundAdapter:
+    """The adapter with the names that the parameters have in memory."""
+    offsets = as_text_names(adapter.adapter.offsets, known)
+    return replace(
+        adapter, adapter=replace(adapter.adapter, offsets=offsets), layers=as_text_names(adapter.layers, known)
+    )
+
+
 def _from_pretrained(component: Component) -> tuple[Any, Mapping[str, Any]]:
     folder = component.source.folder
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options["variant"] = component.source.variant
     if component.kind == "text_encoder":
-        import transformers
-        from transformers.utils import logging as transformers_logging
-
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()  # ours are shown, or none
-        try:
-            return getattr(transformers, component.class_name).from_pretrained(folder, **options)
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
+        return load_text_model(component.class_name, folder, options)
     from diffusers import AutoencoderKL
 
     loaded: Any = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False, **options)

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline's folder holds beside the UNet: models to export, folders to copy, and what is left out."""
+"""What a diffusers pipeline's folder holds beside what denoises: models to export, folders to copy, and what is left out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Component:
 @final
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline beside its UNet."""
+    """A pipeline beside the model that denoises."""
 
     folder: Path
     index: Mapping[str, Any]
@@ -73,15 +73,26 @@ class Pipeline:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Name → class of what is not exported."""
 
+    @property
+    def text_encoders(self) -> dict[str, Base]:
+        """The weights of its text encoders, by name."""
+        return {name: found.source for name, found in self.components.items() if found.kind == "text_encoder"}
+
+
+def text_encoders_of(base: Base) -> dict[str, Base] | None:
+    """The text encoders of the pipeline that a base is part of, None where it is part of none. Raises as `open_pipeline`."""
+    pipeline = open_pipeline(base)
+    return None if pipeline is None else pipeline.text_encoders
+
 
 def open_pipeline(base: Base) -> Pipeline | None:
-    """The pipeline that a base's UNet is part of; None where the base is a UNet alone. Fetches what is missing of a Hub id.
+    """The pipeline that a base's UNet is part of; None where the base is a model alone. Fetches what is missing of a Hub id.
 
     Raises:
         BaseError: an index or config that cannot be read, or a component without weights in safetensors.
         MissingError: `transformers` is not installed and the pipeline has a text encoder.
     """
-    if base.folder is None or not (base.folder / INDEX_FILE).is_file():
+    if base.folder is None or base.architecture.sampling is None or not (base.folder / INDEX_FILE).is_file():
         return None
     folder = base.folder
     index = _json(folder / INDEX_FILE)
@@ -95,7 +106,7 @@ def open_pipeline(base: Base) -> Pipeline | None:
     if texts and find_spec("transformers") is None:
         raise MissingError(
             f"{base.name}: its {texts[0]} needs transformers, which is not installed; install trexport[pipelines], or "
-            "export the UNet alone with --unet-only"
+            "export the model alone with --unet-only"
         )
     components: dict[str, Component] = {}
     for name in texts:
@@ -105,7 +116,7 @@ def open_pipeline(base: Base) -> Pipeline | None:
         source = _source(base, folder / "vae", parts["vae"])
         components["vae_encoder"] = Component("vae_encoder", "vae_encoder", parts["vae"], source)
         components["vae_decoder"] = Component("vae_decoder", "vae_decoder", parts["vae"], source)
-    left_out = {name: kind for name, kind in parts.items() if name not in known and name != "unet"}
+    left_out = {name: kind for name, kind in parts.items() if name not in known and name != base.architecture.folder}
     kept = {name: [None, None] if name in left_out else value for name, value in index.items()}
     kept.pop("_name_or_path", None)
     if "safety_checker" in left_out and "requires_safety_checker" in kept:
@@ -128,7 +139,8 @@ def _source(
         raise BaseError(
             f"{folder}: no config.json, {INDEX_FILE} lists a {class_name} there; export without it: --unet-only"
         )
-    config = (_VAE_DEFAULTS if stem == WEIGHTS_STEM else _TEXT_DEFAULTS) | _json(file)
+    text = _TEXT_DEFAULTS | {"architectures": [class_name]}
+    config = (_VAE_DEFAULTS if stem == WEIGHTS_STEM else text) | _json(file)
     # as diffusers does: a component that lacks the variant is taken without it
     variant = base.variant if _has_variant(folder, stem, base.variant) else None
     weights, index = weight_files(folder, variant, stem, pickle_stem)

@@ -108,11 +108,14 @@ class RandomWeights:
     """Seeded random weights for every parameter of an architecture, each made when it is asked for.
 
     Linear and convolution weights and biases are uniform in ±1/√fan_in, torch's own start. Norms are perturbed, 1 + 0.1·N
-    and 0.1·N, for equal ones hide mistakes. Every parameter has a seed of its own, from its name.
+    and 0.1·N, for equal ones hide mistakes. Tables of something else are uniform in ±1. Every parameter has a seed of its
+    own, from its name.
     """
 
-    def __init__(self, label: str, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> None:
-        self.name = "diffusion_pytorch_model.safetensors"
+    def __init__(
+        self, label: str, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, stem: str = "diffusion_pytorch_model"
+    ) -> None:
+        self.name = f"{stem}.safetensors"
         self.metadata: Mapping[str, str] = {"format": "pt"}
         self.entries: Sequence[Entry] = [Entry(name, "F32", shape) for name, shape in shapes.items()]
         self._shapes = shapes
@@ -126,6 +129,8 @@ class RandomWeights:
         digest = hashlib.sha256(f"{self._label}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         stem, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):  # a table, of positions for instance
+            return torch.empty(shape).uniform_(-1, 1, generator=generator)
         weight_shape = self._shapes.get(f"{stem}.weight", shape)
         if len(weight_shape) == 1:
             noise = torch.randn(shape, generator=generator).mul_(0.1)

@@ -12,6 +12,7 @@ from trexport.artifact import Artifact
 from trexport.backends import BACKENDS, Device, OnnxFile
 from trexport.io_spec import ModelSpec
 from trexport.manifest import MODEL_NAME
+from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.component import component_feeds, load_component, scale_of
 from trexport.models.pipeline import Component, Pipeline
 from trexport.parity.metrics import max_abs, relative_l2
@@ -21,10 +22,16 @@ from trexport.progress import SILENT, Progress
 
 
 def compare_components(
-    artifact: Artifact, pipeline: Pipeline, device: Device, seeds: Sequence[int], *, progress: Progress = SILENT
+    artifact: Artifact,
+    pipeline: Pipeline,
+    adapters: Sequence[BoundAdapter],
+    device: Device,
+    seeds: Sequence[int],
+    *,
+    progress: Progress = SILENT,
 ) -> list[ComponentParity]:
     """Compare every output of every component over two shapes and some seeds; inputs are rounded to the component's
-    precision first, so that both see the same. PyTorch runs on the CPU.
+    precision first, so that both see the same. PyTorch runs on the CPU, adapters on text encoders beside their weights.
 
     Raises:
         MissingError: ONNX Runtime is not here.
@@ -33,7 +40,7 @@ def compare_components(
     for name, record in artifact.manifest.components.items():
         component = pipeline.components[name]
         with progress.task(name):
-            reference = load_component(component).module
+            reference = load_component(component, on_component(adapters, name), merged=False).module
             path = artifact.folder / name / MODEL_NAME
             with BACKENDS["onnxruntime"].load(OnnxFile(path, record.io), device) as runner:
                 errors: dict[str, list[tuple[float, float]]] = {tensor.name: [] for tensor in record.io.outputs}

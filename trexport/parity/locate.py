@@ -23,8 +23,9 @@ from trexport.backends.onnxruntime import open_session
 from trexport.graph.check import load_graph
 from trexport.graph.export import trace
 from trexport.graph.passes.metadata import SCOPE_KEY
+from trexport.io_spec import DTYPES as DTYPES_OF_WEIGHTS
 from trexport.io_spec import ModelSpec
-from trexport.models.unet import DTYPES, sizes_of
+from trexport.models.model import DTYPES, sizes_of
 from trexport.parity.metrics import relative_l2
 from trexport.parity.report import FirstDeviation
 
@@ -43,6 +44,7 @@ class _Probe:
 
 def first_deviation(
     model: torch.nn.Module,
+    config: Mapping[str, Any],
     onnx_path: Path,
     spec: ModelSpec,
     feeds: Mapping[str, Tensor],
@@ -55,13 +57,14 @@ def first_deviation(
 
     Args:
         model: the reference, float32, on the CPU, adapters merged.
+        config: its base's.
         feeds: inputs for which the output is wrong.
         opset: the artifact's, so that the new export has the same names.
 
     Raises:
         ExportError: the reference cannot be exported.
     """
-    program = trace(model, spec_as_float32(spec), sizes_of(spec, feeds), opset)
+    program = trace(model, config, spec_as_float32(spec), sizes_of(spec, feeds), opset)
     graph = load_graph(onnx_path)
     exported = program.exported_program
     assert exported is not None
@@ -77,7 +80,10 @@ def first_deviation(
     graph_output = graph.graph.output[0].name
     probes.append(_Probe(graph_output, "output", ""))
     names_wanted = {probe.name for probe in probes}
-    ordered = [feeds[tensor.name].float() for tensor in spec.inputs]
+    ordered = [
+        feeds[tensor.name].float() if tensor.dtype in DTYPES_OF_WEIGHTS else feeds[tensor.name]
+        for tensor in spec.inputs
+    ]
     expected = _replay(exported, ordered, names_wanted, graph_output)
     probes = [probe for probe in probes if probe.name in expected]
 
@@ -149,7 +155,7 @@ def spec_as_float32(spec: ModelSpec) -> ModelSpec:
     """The same model in float32."""
     fields = spec.to_dict()
     for tensor in [*fields["inputs"], *fields["outputs"]]:
-        tensor["dtype"] = "fp32"
+        tensor["dtype"] = "fp32" if tensor["dtype"] in DTYPES_OF_WEIGHTS else tensor["dtype"]
     return ModelSpec.from_dict(fields)
 
 
@@ -204,7 +210,7 @@ def _run_probes(
     inputs = {t.name: feeds[t.name].to(DTYPES[t.dtype]).contiguous() for t in spec.inputs}
     for tensor in spec.inputs:
         value = inputs[tensor.name]
-        element = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[value.dtype]
+        element = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}[value.dtype]
         binding.bind_input(tensor.name, "cpu", 0, element, list(value.shape), value.data_ptr())
     for name in names:
         binding.bind_output(name, "cpu")

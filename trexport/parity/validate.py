@@ -12,28 +12,25 @@ from torch import Tensor
 
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
-from trexport.backends import BACKENDS, Device, Runner
+from trexport.backends import BACKENDS, Device
 from trexport.errors import TrexportError, UsageError
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, FREE_AXES, ModelSpec, default_sizes, downscale_of
+from trexport.io_spec import ModelSpec
 from trexport.models.adapters import BoundAdapter
+from trexport.models.architectures import ARCHITECTURES, Limit, default_sizes, limits_of
 from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
+from trexport.models.model import load_model, merge_into_, random_feeds
 from trexport.models.sample import Sample, sample_of
-from trexport.models.unet import load_unet, merge_into_, random_feeds
+from trexport.parity.compare import Who, compare_step, compare_trajectory
 from trexport.parity.components import compare_components, judge_components
+from trexport.parity.judge import judge
 from trexport.parity.locate import first_deviation
-from trexport.parity.metrics import cosine, max_abs, psnr_db, relative_l2
 from trexport.parity.reference import Reference
 from trexport.parity.report import ComponentParity, FirstDeviation, ParityReport, StepParity, TrajectoryParity
 from trexport.parity.tolerance import TOLERANCES, Tolerance
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
 from trexport.session.sources import backend_for, source_of
-
-_LEAST_EFFECT = 1e-4
-"""An adapter that moves the output less than this, relative, cannot be seen in a picture of 8 bits."""
-_EFFECT_OVER_ERROR = 3.0
-"""The effect must stand this far above the error, or parity could not tell the adapter from none."""
 
 
 @final
@@ -46,7 +43,7 @@ class ValidateOptions:
     trajectory_steps: int = 10
     """0 leaves the trajectory out."""
     sizes: Mapping[str, int] | None = None
-    """Of the free axes; None for the UNet's own, and a second, different shape."""
+    """Of the free axes; None for the model's own, and a second, different shape."""
     relative_l2: float | None = None
     """Another limit than the precision's own."""
     locate: bool = True
@@ -98,14 +95,17 @@ def validate(
         with progress.task("validate", len(cases)) as task:
             for who, sizes, timestep, seed in cases:
                 feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                steps.append(_compare_step(runner, reference, feeds, sizes, timestep, seed, who))
+                steps.append(compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, who))
                 task.advance(1)
-        if options.trajectory_steps:
-            denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps)
+        if options.trajectory_steps and base.architecture.sampling is not None:
+            kind = type(base.architecture)
+            denoising = sample.denoising if sample else Denoising.of_folder(base.folder, options.trajectory_steps, kind)
             feeds = _feeds(manifest.io, shapes[0], sample, options.seeds[0], 0.0)
             if sample is not None and shapes[0]["sequence_length"] != sample.prompts.shape[1]:
                 denoising = replace(denoising, guidance=1.0)  # its empty prompt is not that long
-            trajectory = _compare_trajectory(runner, reference, denoising, feeds, groups[0], progress)
+            trajectory = compare_trajectory(
+                runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
+            )
     failures: list[str] = []
     for number, who in enumerate(groups):
         own = [step for step in steps if step.who == who.label]
@@ -114,18 +114,19 @@ def validate(
             own,
             trajectory if number == 0 else None,
             tolerance,
-            adapted=bool(who.among(adapters)),
+            adapted=any(adapter.on_base for adapter in who.among(adapters)),
             has_effect=has_effect,
         )
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     components: list[ComponentParity] = []
-    unet_failed = bool(failures)
+    model_failed = bool(failures)
     if manifest.components:
-        components = compare_components(artifact, artifact.pipeline(base), device, options.seeds, progress=progress)
+        pipeline = artifact.pipeline(base)
+        components = compare_components(artifact, pipeline, adapters, device, options.seeds, progress=progress)
         failures += judge_components(components)
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
-    if unet_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
+    if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
         elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
@@ -148,119 +149,37 @@ def validate(
     )
 
 
-@final
-@dataclass(frozen=True)
-class _Who:
-    """Whose pictures are drawn."""
-
-    label: str
-    chosen: Sequence[int | None] | None
-    """Of a bank, the numbers of adapters, from 0, that samples take in turn; None for every other form: all at once."""
-
-    def numbers(self, batch: int) -> list[int | None] | None:
-        """An adapter for each sample."""
-        return None if self.chosen is None else [self.chosen[row % len(self.chosen)] for row in range(batch)]
-
-    def sizes(self, sizes: dict[str, int], io: ModelSpec) -> dict[str, int]:
-        """Sizes that have room for every adapter in one batch, where the batch is free."""
-        if self.chosen is None or "batch_size" not in io.free_axes:
-            return sizes
-        return sizes | {"batch_size": max(sizes["batch_size"], min(len(self.chosen), 63))}
-
-    def among(self, adapters: Sequence[BoundAdapter]) -> list[BoundAdapter]:
-        """The adapters that it draws with."""
-        return list(adapters) if self.chosen is None else [adapters[n] for n in self.chosen if n is not None]
-
-    def feeds(self, batch: int, adapters: Sequence[float]) -> dict[str, Tensor]:
-        """The bank's index and strengths, none for other forms."""
-        numbers = self.numbers(batch)
-        if numbers is None:
-            return {}
-        strengths = [1.0 if number is None else adapters[number] for number in numbers]
-        index = [0 if number is None else number + 1 for number in numbers]
-        return {ADAPTER_INDEX: torch.tensor(index), ADAPTER_STRENGTH: torch.tensor(strengths)}
-
-
-def _groups(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[_Who]:
+def _groups(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> list[Who]:
     """Of a bank every adapter alone, and all of them and the base in one batch; otherwise the adapters together."""
     if artifact.manifest.factored is None or factored_of(artifact).bank is None:
-        return [_Who("", None)]
-    alone = [_Who(adapter.name, [number]) for number, adapter in enumerate(adapters)]
+        return [Who("", None)]
+    alone = [Who(adapter.name, [number]) for number, adapter in enumerate(adapters)]
     turns: list[int | None] = [*range(len(adapters)), None]
-    return [*alone, _Who("each its own", turns)] if adapters else [_Who("base", [None])]
-
-
-def judge(
-    steps: Sequence[StepParity],
-    trajectory: TrajectoryParity | None,
-    tolerance: Tolerance,
-    *,
-    adapted: bool,
-    has_effect: bool,
-) -> list[str]:
-    """Why the numbers do not prove equality; nothing when they do. Every limit is written so that a NaN fails it.
-
-    Args:
-        adapted: whether the artifact has adapters, so that an effect is expected.
-        has_effect: whether any of them has a strength other than zero.
-    """
-    failures: list[str] = []
-
-    def limit(name: str, values: Sequence[float], bound: float, *, least: bool = False) -> None:
-        failing = [value for value in values if not (value >= bound if least else value <= bound)]
-        if failing:
-            worst = min(failing) if least else max(failing)
-            if any(math.isnan(value) for value in failing):
-                worst = math.nan
-            sign = "below" if least else "above"
-            failures.append(f"{name} is {worst:.3g}, {sign} {bound:.3g}, in {len(failing)} of {len(values)} cases")
-
-    limit("relative L2 of a step", [step.relative_l2 for step in steps], tolerance.relative_l2)
-    limit("greatest error of a step over its greatest value", [s.max_abs_ratio for s in steps], tolerance.max_abs_ratio)
-    limit("cosine of a step", [step.cosine for step in steps], tolerance.cosine, least=True)
-    if trajectory is not None:
-        limit("relative L2 of the final image", [trajectory.relative_l2], tolerance.trajectory_relative_l2)
-        limit("PSNR (dB) of the final image", [trajectory.psnr_db], tolerance.psnr_db, least=True)
-    if adapted and not has_effect:
-        failures.append("every adapter has strength 0: the artifact is the base, and no effect can be shown")
-    elif adapted:
-        effect = max(step.effect for step in steps)
-        # an error outside its tolerance has failed above, and says nothing about the adapters
-        error = max((s.relative_l2 for s in steps if s.relative_l2 <= tolerance.relative_l2), default=0.0)
-        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error)
-        if not effect >= least:
-            failures.append(
-                f"the adapters move the output by {effect:.3g} at most, expected at least {least:.3g}: they do nothing "
-                "that could be told from no adapter"
-            )
-        # triangle inequality: an artifact that equals the adapted reference is as far from the base as that one is
-        stuck = [step for step in steps if not step.distance_to_base >= 0.5 * step.effect]
-        if stuck and effect >= _LEAST_EFFECT:
-            failures.append(
-                f"the artifact is nearer to the base than its adapters should leave it in {len(stuck)} of {len(steps)} "
-                "cases: they are not, or not wholly, in it"
-            )
-    return failures
+    return [*alone, Who("each its own", turns)] if adapters else [Who("base", [None])]
 
 
 def _shapes(io: ModelSpec, base: Base, sample: Sample | None, given: Mapping[str, int] | None) -> list[dict[str, int]]:
-    """The shapes to check: the UNet's own, or those given, and one that differs in every free axis."""
+    """The shapes to check: the model's own, or those given, and one that differs in every free axis."""
+    limits = limits_of(base.config)
+    given = base.architecture.sizes(given or {})
     first = default_sizes(base.config)
     if sample is not None:
         first["sequence_length"] = sample.prompts.shape[1]
-    first |= io.fixed_sizes() | dict(given or {})
-    wrong = {axis: size for axis, size in (given or {}).items() if io.fixed_sizes().get(axis, size) != size}
+    first |= io.fixed_sizes() | given
+    wrong = {axis: size for axis, size in given.items() if io.fixed_sizes().get(axis, size) != size}
     if wrong:
         raise TrexportError(f"sizes {wrong} asked for, the artifact fixes {io.fixed_sizes()}")
-    multiple = downscale_of(base.config)
-    other = {
-        "batch_size": first["batch_size"] + 1,
-        "height": first["height"] + multiple,
-        "width": max(multiple, first["width"] - multiple),
-        "sequence_length": first["sequence_length"] + 2,
-    }
-    second = {axis: (other[axis] if axis in io.free_axes else first[axis]) for axis in FREE_AXES}
+    second = {axis: (_other(axis, size, limits) if axis in io.free_axes else size) for axis, size in first.items()}
     return [first] if second == first else [first, second]
+
+
+def _other(axis: str, size: int, limits: Mapping[str, Limit]) -> int:
+    """A size that an axis may have too: a little more, or less for the width and where there is no more."""
+    step = limits[axis].multiple * (2 if axis == "sequence_length" else 1)
+    most = limits[axis].most
+    if axis == "width" or (most is not None and size + step > most):
+        return max(limits[axis].multiple, size - step)
+    return size + step
 
 
 def _within(
@@ -279,80 +198,15 @@ def _feeds(
 ) -> dict[str, Tensor]:
     """Inputs of one step: random ones, with a sample's real prompts where there are some."""
     feeds = random_feeds(io, sizes, seed=seed, timestep=timestep)
-    if feeds["timestep"].dim():  # a step for each sample: the first has the one asked for, the others are elsewhere
-        feeds["timestep"] = (feeds["timestep"] + 311 * torch.arange(len(feeds["timestep"]))) % 1000
+    given = feeds.get("timestep")
+    if given is not None and given.dim():  # for each sample: the first has the one asked for, the others are elsewhere
+        scale = ARCHITECTURES[io.model].timestep_scale
+        feeds["timestep"] = (given / scale + 311 * torch.arange(len(given))) % 1000 * scale
     if sample is not None and sizes["sequence_length"] == sample.prompts.shape[1]:
         shown = next(iter(sample.adapters.values()), {}).get("show_prompts") or range(len(sample.prompts) - 1)
         rows = [list(shown)[(seed + i) % len(list(shown))] for i in range(sizes["batch_size"])]
         feeds["encoder_hidden_states"] = sample.prompts[rows].to(feeds["encoder_hidden_states"])
     return feeds
-
-
-def _compare_step(
-    runner: Runner,
-    reference: Reference,
-    feeds: Mapping[str, Tensor],
-    sizes: dict[str, int],
-    timestep: float,
-    seed: int,
-    who: _Who,
-) -> StepParity:
-    found = runner({**feeds, **who.feeds(sizes["batch_size"], reference.strengths)})["out_sample"].float().cpu()
-    expected, plain = _expected(reference, who, feeds), reference.plain(feeds)
-    error = max_abs(found, expected)
-    # of a mixed batch the worst sample counts, not their mean
-    rows = range(len(found)) if who.chosen is not None else [slice(None)]
-    return StepParity(
-        sizes=sizes,
-        timestep=timestep,
-        seed=seed,
-        max_abs=error,
-        max_abs_ratio=error / max(expected.abs().max().item(), 1e-30),
-        relative_l2=max((relative_l2(found[row], expected[row]) for row in rows), key=lambda e: (e != e, e)),
-        cosine=cosine(found, expected),
-        effect=relative_l2(expected, plain),
-        distance_to_base=relative_l2(found, plain),
-        who=who.label,
-    )
-
-
-def _expected(reference: Reference, who: _Who, feeds: Mapping[str, Tensor]) -> Tensor:
-    numbers = who.numbers(feeds["sample"].shape[0])
-    return reference.adapted(feeds) if numbers is None else reference.mixed(feeds, numbers)
-
-
-def _compare_trajectory(
-    runner: Runner,
-    reference: Reference,
-    denoising: Denoising,
-    feeds: Mapping[str, Tensor],
-    who: _Who,
-    progress: Progress,
-) -> TrajectoryParity:
-    given = {name: tensor for name, tensor in feeds.items() if name not in ("sample", "timestep")}
-    given = {name: tensor for name, tensor in given.items() if name not in (ADAPTER_INDEX, ADAPTER_STRENGTH)}
-    noise = feeds["sample"].float()
-
-    def run(f: Mapping[str, Tensor]) -> Tensor:
-        # guidance doubles the batch, which a model of fixed sizes does not take
-        parts = []
-        for first in range(0, f["sample"].shape[0], len(noise)):
-            rows = {name: t[first : first + len(noise)] if t.dim() else t for name, t in f.items()}
-            parts.append(runner({**rows, **who.feeds(len(noise), reference.strengths)})["out_sample"].cpu())
-        return torch.cat(parts)
-
-    found = denoising.run(run, noise, given, progress=progress)
-    wide = {name: tensor.float() for name, tensor in given.items()}
-    expected = denoising.run(lambda f: _expected(reference, who, f), noise, wide, progress=progress)
-    plain = denoising.run(reference.plain, noise, wide, progress=progress)
-    return TrajectoryParity(
-        steps=denoising.steps,
-        guidance=denoising.guidance,
-        seed=0,
-        relative_l2=relative_l2(found, expected),
-        psnr_db=psnr_db(found, expected),
-        effect=relative_l2(expected, plain),
-    )
 
 
 def _locate(
@@ -364,12 +218,12 @@ def _locate(
     tolerance: Tolerance,
     device: Device,
 ) -> tuple[FirstDeviation | None, str | None]:
-    model = load_unet(base, "fp32")
+    model = load_model(base, "fp32")
     merge_into_(model, adapters)
     feeds = _feeds(artifact.manifest.io, worst.sizes, sample, worst.seed, worst.timestep)
     try:
         found = first_deviation(
-            model, artifact.onnx_path, artifact.manifest.io, feeds, tolerance.relative_l2, device,
+            model, base.config, artifact.onnx_path, artifact.manifest.io, feeds, tolerance.relative_l2, device,
             artifact.manifest.opset or 18,
         )  # fmt: skip
     except TrexportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from trexport.backends import BACKENDS, Device, Runner, Step, device_of
 from trexport.errors import RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
-from trexport.models.unet import fitted
+from trexport.models.model import batch_of, fitted
 from trexport.session.adapters import AdapterStore
 from trexport.session.form import Prepared
 from trexport.session.forms import BankForm, form_of
@@ -164,7 +165,7 @@ class Session:
         """The inputs and outputs, less those that choose adapters."""
         io = self.artifact.manifest.io
         chosen = (ADAPTER_INDEX, ADAPTER_STRENGTH)
-        return ModelSpec(tuple(tensor for tensor in io.inputs if tensor.name not in chosen), io.outputs)
+        return replace(io, inputs=tuple(tensor for tensor in io.inputs if tensor.name not in chosen))
 
     def run(
         self,
@@ -176,7 +177,7 @@ class Session:
         """One step.
 
         Args:
-            feeds: the UNet's inputs by name, on any device, in any floating dtype; a scalar timestep is every sample's.
+            feeds: the model's inputs by name, on any device, in any floating dtype; a scalar timestep is every sample's.
             adapters: of a bank: for each sample the name of its adapter, None for the base; what is active, for all samples,
                 where it is not given.
             strengths: one for each of `adapters`; None for the adapter's own.
@@ -201,7 +202,7 @@ class Session:
             if strengths is not None:
                 raise UsageError("strengths given without adapters")
             return self._run_uniform(given)
-        batch = given["sample"].shape[0]
+        batch = batch_of(self.spec, given)
         names, scales = _one_a_sample("adapters", adapters, batch), [None] * batch if strengths is None else strengths
         scales = _one_a_sample("strengths", scales, batch)
         distinct = [name for name in dict.fromkeys(names) if name is not None]
@@ -227,7 +228,7 @@ class Session:
         if self._bank is not None:
             with self._lock.write():
                 self._put({prepared.name: prepared for prepared, _ in self._active})
-            given |= self._uniform(self._active, given["sample"].shape[0])
+            given |= self._uniform(self._active, batch_of(self.spec, given))
         if self.device == "cpu":
             return self._runner.step(given)
         self._steppers.append(self._load())  # a captured session runs on the tensors of its capture only
@@ -304,7 +305,7 @@ class Session:
 
     def _run_uniform(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A bank with what is active, for all samples."""
-        count = feeds["sample"].shape[0]
+        count = batch_of(self.spec, feeds)
         with self._lock.read():
             active = list(self._active)
             if all(self._lies(prepared) for prepared, _ in active):

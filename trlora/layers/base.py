@@ -25,6 +25,9 @@ class AdaptedLayer(nn.Module, ABC):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
+        self.built: Tensor | None = None
+        """The adapted weight, in the shape of the base's, while somebody keeps it up to date (`trlora.training.WeightPath`);
+        the forward pass is then the base layer's with that weight."""
 
     @property
     def weight(self) -> Tensor:
@@ -76,9 +79,17 @@ class AdaptedLayer(nn.Module, ABC):
         """The bias with every adapter at its strength, None where the layer has none; see `adapted_bias`."""
         return None if self.bias is None else adapted_bias(self.bias, self.active(), compute_dtype)
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The adapted layer's output."""
+        return self._factored(x) if self.built is None else self._dense(x, self.built)
+
+    @abstractmethod
+    def _factored(self, x: Tensor) -> Tensor:
+        """The output with the adapters kept out of the base weight."""
+
+    @abstractmethod
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output of the base layer with another weight."""
 
     def _adapter(self, name: str) -> LayerAdapter:
         adapter = self.adapters[name]

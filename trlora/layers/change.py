@@ -14,8 +14,8 @@ from trlora.layers.adapter import LayerAdapter
 def weight_change(
     weight: Tensor, adapters: Iterable[tuple[LayerAdapter, float]], compute_dtype: torch.dtype = torch.float32
 ) -> Tensor | None:
-    """What adapters add to a weight: `Σ s_k (diag(gain_k)·(W0·T_k + Δ_k) − W0)`, without magnitudes
-    `W0·Σ s_k (T_k − I) + Σ s_k Δ_k`.
+    """What adapters add to a weight: `Σ s_k (diag(gain_k)·(U_kᵀ·W0·T_k + Δ_k) − W0)`, without magnitudes
+    and output transforms `W0·Σ s_k (T_k − I) + Σ s_k Δ_k`.
 
     Args:
         weight: W0, (out, in), or of a convolution (out, in/groups, height, width).

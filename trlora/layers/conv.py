@@ -26,7 +26,10 @@ class AdaptedConv2d(AdaptedLayer):
         self.kernel_size, self.stride, self.padding = base.kernel_size, base.stride, base.padding
         self.dilation, self.padding_mode = base.dilation, base.padding_mode
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base._conv_forward(x, weight, self.bias)
+
+    def _factored(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for adapter, strength in self.active():
             dtype = x.dtype if adapter.dtype is None else adapter.dtype

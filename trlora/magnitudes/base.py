@@ -1,4 +1,4 @@
-"""The contract of a magnitude, the output side of an adapter: `W' = diag(gain)·(W0·T + Δ)`."""
+"""The contract of a magnitude, the output side of an adapter: `W' = diag(gain)·(Uᵀ·W0·T + Δ)`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AbstractMagnitude(nn.Module, ABC):
         """The gains, (out_features,).
 
         Args:
-            weight: gives `W0·T + Δ`, (out_features, in_features); called only by members that depend on it.
+            weight: gives `Uᵀ·W0·T + Δ`, (out_features, in_features); called only by members that depend on it.
         """
 
 

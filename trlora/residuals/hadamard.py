@@ -54,14 +54,20 @@ class HadamardResidual(AbstractResidual):
 
     def factors(self, number: int) -> tuple[Tensor, Tensor]:
         """The two matrices of product 1 or 2, (out, r) and (r, in)."""
-        a, b = self.get_parameter(f"hada_w{number}_a"), self.get_parameter(f"hada_w{number}_b")
-        return (a.T, tucker_right(self.get_parameter(f"hada_t{number}"), b)) if self.tucker else (a, b)
+        a, b = self._factor(f"hada_w{number}_a"), self._factor(f"hada_w{number}_b")
+        return (a.T, tucker_right(self._factor(f"hada_t{number}"), b)) if self.tucker else (a, b)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank**2 * (self.out_features + self.in_features) < self.out_features * self.in_features:
             left, right = self.low_rank()
             return (x @ right) @ left.T
         return x @ self.delta().T
+
+    def _factor(self, name: str) -> Tensor:
+        # an attribute, not a parameter: `torch.func` puts plain tensors in their place
+        tensor = getattr(self, name)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     def delta(self) -> Tensor:
         (a1, b1), (a2, b2) = self.factors(1), self.factors(2)

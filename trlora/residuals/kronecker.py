@@ -52,18 +52,24 @@ class KroneckerResidual(AbstractResidual):
         """(rows, r) and (r, columns), or None for a matrix that is kept whole."""
         if hasattr(self, f"lokr_w{number}"):
             return None
-        a, b = self.get_parameter(f"lokr_w{number}_a"), self.get_parameter(f"lokr_w{number}_b")
-        return (a.T, tucker_right(self.get_parameter("lokr_t2"), b)) if number == 2 and self.tucker else (a, b)
+        a, b = self._factor(f"lokr_w{number}_a"), self._factor(f"lokr_w{number}_b")
+        return (a.T, tucker_right(self._factor("lokr_t2"), b)) if number == 2 and self.tucker else (a, b)
 
     def whole(self, number: int) -> Tensor:
         """W_1 or W_2."""
         factors = self._factors(number)
-        return self.get_parameter(f"lokr_w{number}") if factors is None else factors[0] @ factors[1]
+        return self._factor(f"lokr_w{number}") if factors is None else factors[0] @ factors[1]
 
     def forward(self, x: Tensor) -> Tensor:
         w1, w2 = self.whole(1), self.whole(2)
         parted = x.unflatten(-1, (w1.shape[1], w2.shape[1]))
         return (w1 @ (parted @ w2.T)).flatten(-2) * self.scaling
+
+    def _factor(self, name: str) -> Tensor:
+        # an attribute, not a parameter: `torch.func` puts plain tensors in their place
+        tensor = getattr(self, name)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     def delta(self) -> Tensor:
         return _kron(self.whole(1), self.whole(2)) * self.scaling

@@ -8,20 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trlora.errors import CheckpointError, ShapeError
+from trlora.factor import Factor
 from trlora.fields import alpha_of, check_known, positive_int
 from trlora.residuals.base import AbstractResidual
 from trlora.tensors import contradiction, take
-
-
-class _Factor(nn.Module):
-    """One of the two matrices, named `weight` so that keys read as PEFT's."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
 
 
 @final
@@ -37,8 +30,8 @@ class LowRankResidual(AbstractResidual):
         self.in_features = a.shape[1]
         self.out_features = b.shape[0]
         self.scaling = alpha / a.shape[0]
-        self.lora_A = _Factor(a)
-        self.lora_B = _Factor(b)
+        self.lora_A = Factor(a)
+        self.lora_B = Factor(b)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.lora_A.weight.T) @ self.lora_B.weight.T * self.scaling

@@ -127,7 +127,7 @@ def plan_of(
 
 def _acting(adapter: LayerAdapter | None) -> LayerAdapter | None:
     """The adapter, or None where it changes nothing whatever its strength."""
-    if adapter is None or (adapter.transform.trivial and adapter.residual.trivial and adapter.magnitude.trivial):
+    if adapter is None or (adapter.transform.trivial and adapter.residual.trivial and not adapter.outside):
         return None
     return adapter
 
@@ -143,6 +143,8 @@ def _sites(weight: Tensor, adapters: Sequence[LayerAdapter | None]) -> _Sites | 
         return f"weights in {str(weight.dtype).removeprefix('torch.')}"
     if any(adapter is not None and not adapter.magnitude.trivial for adapter in adapters):
         return "a magnitude"
+    if any(adapter is not None and not adapter.output_transform.trivial for adapter in adapters):
+        return "a transform of outputs"
     columns = weight.flatten(1).shape[1]
     transforms = [None if adapter is None or adapter.transform.trivial else adapter.transform for adapter in adapters]
     residuals = [None if adapter is None or adapter.residual.trivial else adapter.residual for adapter in adapters]

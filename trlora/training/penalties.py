@@ -34,9 +34,8 @@ def penalty(model: nn.Module, kind: Penalty = "identity", name: str = "default")
     for layer in layers:
         adapter = layer.adapters[name]
         assert isinstance(adapter, LayerAdapter)
-        if adapter.transform.trivial:
-            continue
-        transform = adapter.transform
-        term = transform.identity_penalty() if kind == "identity" else transform.orthogonal_penalty()
-        total = term if total is None else total + term
+        for transform in (adapter.transform, adapter.output_transform):
+            if not transform.trivial:
+                term = transform.identity_penalty() if kind == "identity" else transform.orthogonal_penalty()
+                total = term if total is None else total + term
     return torch.zeros(()) if total is None else total

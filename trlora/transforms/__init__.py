@@ -12,6 +12,8 @@ from trlora.transforms.householder import HouseholderTransform as HouseholderTra
 from trlora.transforms.householder import HouseholderTransformSpec as HouseholderTransformSpec
 from trlora.transforms.identity import IdentityTransform as IdentityTransform
 from trlora.transforms.identity import IdentityTransformSpec as IdentityTransformSpec
+from trlora.transforms.low_rank import LowRankTransform as LowRankTransform
+from trlora.transforms.low_rank import LowRankTransformSpec as LowRankTransformSpec
 from trlora.transforms.tensor_ring import TensorRingTransform as TensorRingTransform
 from trlora.transforms.tensor_ring import TensorRingTransformSpec as TensorRingTransformSpec
 
@@ -21,5 +23,6 @@ TRANSFORMS: dict[str, type[TransformSpec]] = {
     "block_orthogonal": BlockOrthogonalTransformSpec,
     "butterfly": ButterflyTransformSpec,
     "householder": HouseholderTransformSpec,
+    "low_rank": LowRankTransformSpec,
     "tensor_ring": TensorRingTransformSpec,
 }

@@ -32,7 +32,7 @@ from trexport.engine import build_engine, usual_sizes
 from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.profile import Profile, parse_profile

@@ -13,7 +13,7 @@ from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile, Source, TorchModel, backend_of, device_of
 from trexport.errors import ArtifactError, MissingError, UsageError
 from trexport.graph.export import ExportOptions, export_onnx
-from trexport.models.unet import call_unet, load_unet, merge_into_, random_feeds
+from trexport.models.model import first_output, load_model, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
 
 
@@ -47,12 +47,12 @@ def test_a_backend_agrees_with_torch(name: str, onnx_artifact: Artifact) -> None
     source: Source = SOURCES[name](onnx_artifact)
     assert isinstance(source, backend.consumes)
     base, adapters = onnx_artifact.sources()
-    model = load_unet(base)
+    model = load_model(base)
     merge_into_(model, adapters)
     feeds = random_feeds(onnx_artifact.manifest.io, SIZES, seed=5)
     given = {key: tensor.clone() for key, tensor in feeds.items()}
     with torch.inference_mode():
-        expected = call_unet(model, feeds)
+        expected = first_output(model, feeds)
     with backend.load(source, "cpu") as runner:
         assert runner.device == "cpu"
         first = runner(feeds)["out_sample"]

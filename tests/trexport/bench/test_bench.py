@@ -18,7 +18,7 @@ from trexport.bench.run import BenchOptions, bench
 from trexport.bench.stats import Latency
 from trexport.bench.timer import time_steps
 from trexport.errors import MissingError
-from trexport.io_spec import unet_spec
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base
 
 
@@ -50,7 +50,7 @@ def test_peak_memory_sees_what_comes_and_goes() -> None:
 
 
 def test_the_work_of_a_step_is_counted(base: Base) -> None:
-    spec = unet_spec(base.config, "fp16")
+    spec = spec_of(base.config, "fp16")
     one = work_of(base, spec, SIZES | {"batch_size": 1}, "fp16")
     two = work_of(base, spec, SIZES | {"batch_size": 2}, "fp16")
     assert two.flops == 2 * one.flops  # every product and convolution is in proportion to the batch

@@ -190,7 +190,7 @@ def test_an_output_that_is_not_empty_is_refused_before_any_work(
         assert "--overwrite" in capsys.readouterr().err
     open_artifact(out)  # still whole
     assert run_cli(["merge", unet_folder, adapter_folder, "-o", out, "--overwrite"]) == 0
-    assert open_artifact(out).manifest.kind == "unet"
+    assert open_artifact(out).manifest.kind == "dense"
     assert leftovers(tmp_path) == ["out"]
 
 

@@ -25,10 +25,10 @@ from tests.trexport.helpers import SIZES, copy_of, run_cli
 from trexport.artifact import Artifact
 from trexport.deploy.client import TritonClient
 from trexport.errors import RunError
-from trexport.io_spec import unet_spec
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base
+from trexport.models.model import random_feeds
 from trexport.models.sample import Sample
-from trexport.models.unet import random_feeds
 from trexport.session import Session
 
 pytestmark = [needs_server, pytest.mark.slow]
@@ -100,7 +100,7 @@ def test_a_swappable_model_of_a_fixed_batch_and_timestep(
     http: TritonClient, base: Base, swappable: Artifact, adapter_folder: Path, lora_folder: Path, chosen: list[str]
 ) -> None:
     """Batch 2 in the graph, one timestep for both: asked for one sample, and for two at different steps."""
-    feeds = random_feeds(unet_spec(base.config, "fp32"), SIZES, seed=4)
+    feeds = random_feeds(spec_of(base.config, "fp32"), SIZES, seed=4)
     feeds["timestep"] = torch.tensor([[10.0], [700.0]])
     text = {"adapter": [chosen, chosen]} if chosen else None
     found = http.run("swap", feeds, text)["out_sample"]
@@ -117,7 +117,7 @@ def test_a_swappable_model_of_a_fixed_batch_and_timestep(
 
 
 def test_switching_adapters_leaves_no_trace(http: TritonClient, base: Base) -> None:
-    feeds = random_feeds(unet_spec(base.config, "fp32"), SIZES | {"batch_size": 1}, seed=5)
+    feeds = random_feeds(spec_of(base.config, "fp32"), SIZES | {"batch_size": 1}, seed=5)
     feeds["timestep"] = torch.tensor([[10.0]])
     turns: list[list[str]] = [[], ["tlora"], ["lora"], ["tlora"], [], ["lora", "tlora"], ["lora"]]
     seen: dict[str, Tensor] = {}
@@ -371,7 +371,7 @@ def test_a_client_killed_in_the_middle_disturbs_nobody(
 def test_unload_and_reload(server: TritonServer, http: TritonClient, base: Base) -> None:
     import tritonclient.http
 
-    feeds = random_feeds(unet_spec(base.config, "fp32"), SIZES | {"batch_size": 1}, seed=8)
+    feeds = random_feeds(spec_of(base.config, "fp32"), SIZES | {"batch_size": 1}, seed=8)
     feeds["timestep"] = torch.tensor([[10.0]])
     before = http.run("swap", feeds, {"adapter": [["lora"]]})["out_sample"]
     control = tritonclient.http.InferenceServerClient(server.http)

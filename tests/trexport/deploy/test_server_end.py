@@ -18,10 +18,10 @@ from trexport.deploy.client import TritonClient
 from trexport.deploy.options import TritonOptions
 from trexport.deploy.triton import write_triton
 from trexport.errors import RunError
-from trexport.io_spec import unet_spec
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base
 from trexport.models.diffusion import Denoising
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.session import Session
 
 pytestmark = [needs_server, pytest.mark.slow]
@@ -62,7 +62,7 @@ def test_a_server_told_to_end_answers_right_or_not_at_all(
     """Clients send without pause when SIGTERM comes: three want steps, over both protocols, the fourth pictures. Those who
     only wait for what they have sent get all of it, and the server ends well. Those who go on sending are served until
     the server's time to end is over, and then told so."""
-    feeds = [random_feeds(unet_spec(base.config, "fp32"), SIZES, seed=seed, timestep=50.0 * seed) for seed in range(4)]
+    feeds = [random_feeds(spec_of(base.config, "fp32"), SIZES, seed=seed, timestep=50.0 * seed) for seed in range(4)]
     with Session(onnx_artifact) as session:
         wanted = [session.run(given)["out_sample"] for given in feeds[:3]]
         others = {"encoder_hidden_states": feeds[3]["encoder_hidden_states"]}

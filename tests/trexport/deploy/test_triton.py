@@ -23,7 +23,7 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.manifest import Manifest
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.profile import Profile
 from trexport.session import Session
 from trlora import save_adapter

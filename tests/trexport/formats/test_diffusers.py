@@ -18,7 +18,7 @@ from trexport.errors import AdapterWarning
 from trexport.formats import read_adapter
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import load_unet, merge_into_
+from trexport.models.model import load_model, merge_into_
 from trlora import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -97,9 +97,9 @@ def test_the_merged_unet_is_that_of_diffusers(
     folder = tmp_path / "lora"
     folder.mkdir()
     safetensors.torch.save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata=metadata or None)
-    ours, theirs = load_unet(base), copy.deepcopy(load_unet(base))  # diffusers writes into a file's memory
+    ours, theirs = load_model(base), cast(Any, copy.deepcopy(load_model(base)))  # diffusers writes into a file's memory
     plain = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    merge_into_(cast(Any, ours), open_adapters([str(folder)], base))
+    merge_into_(ours, open_adapters([str(folder)], base))
     if written is older:
         tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
     state, alphas, *rest = StableDiffusionPipeline.lora_state_dict(  # type: ignore[misc]
@@ -118,9 +118,10 @@ def test_the_merged_unet_is_that_of_diffusers(
 
 def test_a_text_encoder_is_reported(base: Base, tmp_path: Path) -> None:
     tensors, _ = new(base)
-    tensors["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 4)
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors |= {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.warns(AdapterWarning, match="1 tensors for text_encoder"):
+    with pytest.warns(AdapterWarning, match="1 layers of text_encoder"):
         open_adapters([str(tmp_path / "a.safetensors")], base)
 
 

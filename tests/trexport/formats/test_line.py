@@ -23,7 +23,7 @@ from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import WEIGHTS_STEM, Base
-from trexport.models.unet import load_unet, random_feeds
+from trexport.models.model import load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.refit import refit_weights
 from trexport.session import Session
@@ -52,7 +52,7 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         for name, (case, targets) in CHOSEN.items():
             given = CASES[case]
             fields = {"feedforward_modules": ["ff.net.2"]} if name == "ia3" else given.fields
-            wrapped = adapted_by_peft(load_unet(base), Case(given.config, fields, amount=0.05), targets)
+            wrapped = adapted_by_peft(load_model(base), Case(given.config, fields, amount=0.05), targets)
             folders[name] = save(wrapped, root / name)
     return folders
 
@@ -68,10 +68,10 @@ def test_merged_on_disk_it_is_what_peft_merges(
     given = [f"{adapters['ia3']}=0.5", str(adapters["lora"])]
     assert run_cli(["merge", unet_folder, *given, "-o", tmp_path / "out"]) == 0
     found = safetensors.torch.load_file(tmp_path / "out" / f"{WEIGHTS_STEM}.safetensors")
-    plain = load_unet(base).state_dict()
+    plain = load_model(base).state_dict()
     theirs = []
     for name in ("ia3", "lora"):
-        unet = copy.deepcopy(load_unet(base))  # PEFT merges in place, and the weights may be a file's memory
+        unet = copy.deepcopy(load_model(base))  # PEFT merges in place, and the weights may be a file's memory
         merged = PeftModel.from_pretrained(unet, str(adapters[name])).merge_and_unload()  # type: ignore[arg-type, operator]
         theirs.append(merged.state_dict())
     changed = set()
@@ -84,17 +84,21 @@ def test_merged_on_disk_it_is_what_peft_merges(
 
 
 def test_factored_with_an_adapter_of_each_kind(base: Base, adapters: dict[str, Path], tmp_path: Path) -> None:
-    given = [f"{adapters[name]}={strength}" for name, strength in (("dora", 0.8), ("lokr", -0.5), ("ia3", 0.7))]
+    chosen = (("dora", 0.8), ("lokr", -0.5), ("ia3", 0.7), ("lora", 0.6), ("loha", 0.4))  # the last two on convolutions
+    given = [f"{adapters[name]}={strength}" for name, strength in chosen]
     options = ExportOptions(factored=FactoredOptions(), fixed=SIZES)
     export_onnx(base, open_adapters(given, base), tmp_path / "out", options)
     artifact = open_artifact(tmp_path / "out")
-    assert {layer.path for layer in factored_of(artifact).plan.values()} == {"weight"}
+    plan = factored_of(artifact).plan
+    assert {layer.path for path, layer in plan.items() if "attn" in path} == {"weight"}
+    assert plan["down_blocks.0.resnets.0.conv1"].tokens == 2 * 8 * 8
+    assert plan["down_blocks.0.downsamplers.0.conv"].tokens == 2 * 4 * 4
     feeds = feeds_of(base, tmp_path / "out")
     found = run_onnx(artifact.onnx_path, feeds)["out_sample"]
     expected = drawn_by_torch(base, given, feeds)
     assert relative_l2(found, expected) < 1e-5
     assert relative_l2(found, drawn_by_torch(base, [], feeds)) > 1e-2
-    off = {f"adapter_{k}.strength": torch.zeros(1) for k in range(3)}
+    off = {f"adapter_{k}.strength": torch.zeros(1) for k in range(len(chosen))}
     plain = drawn_by_torch(base, [], feeds)
     np.testing.assert_allclose(run_onnx(artifact.onnx_path, feeds | off)["out_sample"], plain, rtol=0, atol=2e-6)
 
@@ -123,7 +127,7 @@ def test_what_a_form_cannot_carry_is_said_before_anything_is_written(
     base: Base, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     for name, options, words in (
-        ("lora", ExportOptions(factored=FactoredOptions()), "convolutions .* merged, or --swappable"),
+        ("lora", ExportOptions(factored=FactoredOptions(bank=2)), "convolutions .* without --bank, or --swappable"),
         ("ia3", ExportOptions(swappable=SwappableOptions()), "bias.* merged, or --factored"),
         ("dora", ExportOptions(factored=FactoredOptions(path="dense")), "--path weight"),
     ):

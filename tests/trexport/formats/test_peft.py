@@ -24,10 +24,10 @@ from tests.trexport.formats.peft_models import (
 from tests.trexport.helpers import SIZES
 from trexport.formats import read_adapter
 from trexport.formats.peft import METHODS as METHOD_REGISTRY
-from trexport.io_spec import unet_spec
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base
-from trexport.models.unet import attach_all_, call_unet, load_unet, merge_into_, random_feeds
+from trexport.models.model import attach_all_, first_output, load_model, merge_into_, random_feeds
 from trlora import adapted_modules, attach_, load_adapter, merge_, save_adapter, set_strengths_, shapes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -148,22 +148,22 @@ def test_a_unet_draws_what_pefts_draws(name: str, base: Base, tmp_path: Path, mo
     case = CASES[name]
     case = Case(case.config, {**case.fields, **UNET_FIELDS.get(name, {})}, amount=0.03)
     put_kernel(monkeypatch, there=False)
-    plain = load_unet(base)
+    plain = load_model(base)
     theirs = adapted_by_peft(plain, case, UNET_TARGETS)
     (bound,) = open_adapters([str(save(theirs, tmp_path / "any-name"))], base)
     assert len(bound.layers) == len(_targets(theirs))
-    feeds = random_feeds(unet_spec(base.config, "fp32"), SIZES)
-    attached, merged = load_unet(base), load_unet(base)
+    feeds = random_feeds(spec_of(base.config, "fp32"), SIZES)
+    attached, merged = load_model(base), load_model(base)
     attach_all_(attached, [bound])
     merge_into_(merged, [bound])
     with torch.inference_mode():
-        unmerged = None if case.config is CASES["OFT"].config else call_unet(theirs, feeds)
-        found = call_unet(attached, feeds)
-        moved = float((found - call_unet(plain, feeds)).abs().max())
+        unmerged = None if case.config is CASES["OFT"].config else first_output(theirs.get_base_model(), feeds)
+        found = first_output(attached, feeds)
+        moved = float((found - first_output(plain, feeds)).abs().max())
         theirs = theirs.merge_and_unload()
-        expected = call_unet(theirs, feeds)
+        expected = first_output(theirs, feeds)
         assert moved > 1e-2
-        for output in (found, call_unet(merged, feeds), *([] if unmerged is None else [unmerged])):
+        for output in (found, first_output(merged, feeds), *([] if unmerged is None else [unmerged])):
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
     weights = theirs.state_dict()
     for key, tensor in merged.state_dict().items():

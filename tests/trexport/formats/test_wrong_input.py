@@ -182,7 +182,9 @@ def test_pickles_are_named_and_not_opened(tmp_path: Path) -> None:
         ({"single_transformer_blocks.3.attn.to_q": 3072}, "Flux"),
         ({"transformer_blocks.3.attn.add_k_proj": 1536}, "Stable Diffusion 3"),
         ({"text_model.encoder.layers.0.self_attn.q_proj": 768}, "a text encoder"),
-        ({QUERY: 16}, None),
+        ({"transformer_blocks.3.attn.to_k": 1536}, "Stable Diffusion 3 or Flux"),
+        ({QUERY: 16}, "a UNet"),
+        ({"encoder.block.0.layer.0.SelfAttention.q": 16}, None),
     ],
 )
 def test_what_layers_look_like(widths: dict[str, int | None], name: str | None) -> None:

@@ -23,7 +23,7 @@ from trexport.graph.ops import DOMAIN
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 

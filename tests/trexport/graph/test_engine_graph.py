@@ -21,7 +21,7 @@ from trexport.graph.engine_graph import engine_graph
 from trexport.graph.passes.attention import attention
 from trexport.graph.passes.islands import NORMALISATIONS, islands
 from trexport.graph.passes.required import required
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session.sources import fed_tensors
 

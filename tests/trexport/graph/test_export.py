@@ -18,7 +18,7 @@ from trexport.graph.export import ExportOptions, export_onnx, plan_export
 from trexport.graph.opset import choose_opset
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base, open_base
-from trexport.models.unet import call_unet, load_unet, merge_into_, random_feeds
+from trexport.models.model import first_output, load_model, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session
@@ -30,7 +30,7 @@ def run(artifact: Artifact, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def merged_model(base: Base, adapter: str) -> torch.nn.Module:
-    model = load_unet(base)
+    model = load_model(base)
     merge_into_(model, open_adapters([adapter], base))
     return model
 
@@ -58,7 +58,7 @@ def test_initialisers_are_the_parameters_by_name_and_bit(
 def test_free_axes_are_free(onnx_artifact: Artifact, base: Base, adapter_folder: Path, sizes: dict[str, int]) -> None:
     feeds = random_feeds(onnx_artifact.manifest.io, sizes, seed=3, timestep=17.5)
     with torch.inference_mode():
-        expected = call_unet(merged_model(base, f"{adapter_folder}=0.7"), feeds)
+        expected = first_output(merged_model(base, f"{adapter_folder}=0.7"), feeds)
     assert relative_l2(run(onnx_artifact, feeds), expected) <= 1e-5
 
 
@@ -95,7 +95,7 @@ def test_sdxl_s_inputs(tmp_path: Path) -> None:
     assert [t.name for t in artifact.manifest.io.inputs][3:] == ["text_embeds", "time_ids"]
     feeds = random_feeds(artifact.manifest.io, SIZES, seed=1)
     with torch.inference_mode():
-        expected = call_unet(merged_model(base, "random:tlora-star:2:4"), feeds)
+        expected = first_output(merged_model(base, "random:tlora-star:2:4"), feeds)
     assert relative_l2(run(artifact, feeds), expected) <= 1e-5
 
 
@@ -142,7 +142,7 @@ def test_samples_of_a_batch_may_be_at_different_steps(per_sample: Artifact) -> N
     base, adapters = per_sample.sources()
     timestep = next(tensor for tensor in per_sample.manifest.io.inputs if tensor.name == "timestep")
     assert timestep.axes == ("batch_size",)
-    model = load_unet(base)
+    model = load_model(base)
     merge_into_(model, adapters)
     feeds = random_feeds(per_sample.manifest.io, SIZES | {"batch_size": 3}, seed=2)
     feeds["timestep"] = torch.tensor([1.0, 999.0, 37.5])
@@ -151,7 +151,7 @@ def test_samples_of_a_batch_may_be_at_different_steps(per_sample: Artifact) -> N
         for row in range(3):  # each alone, at its own step
             own = {name: tensor[row : row + 1] for name, tensor in feeds.items()} | {"timestep": feeds["timestep"][row]}
             with torch.inference_mode():
-                assert relative_l2(found[row : row + 1], call_unet(model, own)) <= 1e-5
+                assert relative_l2(found[row : row + 1], first_output(model, own)) <= 1e-5
         scalar = runner({**feeds, "timestep": torch.tensor(37.5)})["out_sample"]
         assert relative_l2(scalar[2], found[2]) <= 1e-6
     with Session(per_sample) as session:

@@ -27,7 +27,7 @@ from trexport.graph.ops.plan import Path as PlanPath
 from trexport.inspecting import inspect
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import attach_all_, call_unet, load_unet, random_feeds, rows_of_layers
+from trexport.models.model import attach_all_, first_output, load_model, random_feeds, rows_of_layers
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trlora.errors import CheckpointError
@@ -87,10 +87,10 @@ def run(artifact: Artifact, fed: dict[str, Tensor] | None = None, adapter: Path 
 
 
 def torch_output(artifact: Artifact, base: Base, adapters: list[str]) -> Tensor:
-    model = load_unet(base)
+    model = load_model(base)
     attach_all_(model, open_adapters(adapters, base))
     with torch.inference_mode():
-        return call_unet(model, random_feeds(artifact.manifest.io, SIZES, seed=4))
+        return first_output(model, random_feeds(artifact.manifest.io, SIZES, seed=4))
 
 
 def test_one_operator_an_adapted_layer(artifact: Artifact, adapter_folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_the_plan_is_stored_and_shown(pair: Artifact, base: Base) -> None:
 
 
 def test_rows_are_what_the_layers_see(base: Base) -> None:
-    model = load_unet(base)
+    model = load_model(base)
     seen: dict[str, int] = {}
     paths = [
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -234,9 +234,9 @@ def test_rows_are_what_the_layers_see(base: Base) -> None:
 
         layer.register_forward_pre_hook(record)
     sizes = {"batch_size": 3, "height": 12, "width": 8, "sequence_length": 5}
-    from trexport.io_spec import unet_spec
+    from trexport.models.architectures import spec_of
 
-    call_unet(model, random_feeds(unet_spec(base.config, "fp32"), sizes))
+    first_output(model, random_feeds(spec_of(base.config, "fp32"), sizes))
     assert rows_of_layers(base, sizes, paths) == seen
     assert seen[paths[0]] == 15
 

@@ -25,7 +25,7 @@ from trexport.graph.matching import MICROSOFT
 from trexport.graph.ort_graph import PASSES, ort_graph
 from trexport.graph.passes.bias_split_gelu import bias_split_gelu
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session.sources import fed_tensors
 

@@ -20,7 +20,7 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.swappable import Swappable, SwappableOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session

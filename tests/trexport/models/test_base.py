@@ -8,17 +8,17 @@ import torch
 from tests.trexport.helpers import copy_of, weights_of
 from trexport.errors import BaseError, UsageError
 from trexport.models.base import INDEX_NAME, WEIGHTS_STEM, Base, open_base
-from trexport.models.unet import load_unet
+from trexport.models.model import load_model
 
 FILE = f"{WEIGHTS_STEM}.safetensors"
 
 
 def test_a_loaded_unet_has_the_file_s_weights(base: Base) -> None:
-    model = load_unet(base)
+    model = load_model(base)
     expected = weights_of(base)
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    half = load_unet(base, "bf16")
+    half = load_model(base, "bf16")
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
 
 
@@ -82,15 +82,15 @@ def test_weights_that_do_not_fit_the_config(unet_folder: Path, tmp_path: Path, c
     folder = copy_of(unet_folder, tmp_path / "unet")
     (folder / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 20}))
     with pytest.raises(BaseError, match="to_k.weight"):
-        load_unet(open_base(str(folder)))
+        load_model(open_base(str(folder)))
     (folder / "config.json").write_text(json.dumps(config))
     tensors = weights_of(open_base(str(unet_folder)))
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != "conv_out.bias"}, folder / FILE)
     with pytest.raises(BaseError, match=r"missing, conv_out\.bias"):
-        load_unet(open_base(str(folder)))
+        load_model(open_base(str(folder)))
     safetensors.torch.save_file(tensors | {"conv_ou.bias": torch.zeros(1)}, folder / FILE)
     with pytest.raises(BaseError, match="'conv_out.bias'"):
-        load_unet(open_base(str(folder)))
+        load_model(open_base(str(folder)))
 
 
 def test_a_damaged_shard_index_is_refused(unet_folder: Path, tmp_path: Path) -> None:

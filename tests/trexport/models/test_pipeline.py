@@ -17,7 +17,7 @@ from tests.trexport.pipelines import VAE_WEIGHTS, edit_json, edit_weights, opene
 from trexport.errors import BaseError, MissingError
 from trexport.models import pipeline as module
 from trexport.models.base import Base, open_base
-from trexport.models.component import load_component
+from trexport.models.component import component_spec, load_component
 from trexport.models.pipeline import open_pipeline
 
 
@@ -37,6 +37,18 @@ def test_parts_and_parameters(pipelines: Path) -> None:
         assert held.keys() <= component.source.shapes().keys()  # PyTorch's own names
         for name, value in held.items():
             assert torch.equal(value, component.source.weights[0].tensor(name)), name
+
+
+def test_stable_diffusion_3(pipelines: Path) -> None:
+    """Its transformer reads CLIP's tokens and T5's; its CLIPs have their own only, wherever the transformer's are fixed."""
+    sd3 = opened(pipelines / "sd3")
+    assert list(sd3.components) == ["text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"]
+    assert sd3.left_out == {}
+    for tokens, expected in ((333, 77), (20, 20)):
+        fixed = {"sequence_length": tokens, "height": 16, "width": 16}
+        spec = component_spec(sd3.components["text_encoder_2"], "fp32", fixed)
+        assert [tensor.axes for tensor in spec.inputs] == [("batch_size", expected)]
+        assert [tensor.name for tensor in spec.outputs][:3] == ["text_embeds", "last_hidden_state", "hidden_states.0"]
 
 
 def test_what_is_not_exported_is_named(pipelines: Path, tmp_path: Path) -> None:

@@ -1,19 +1,31 @@
 """Draw pictures with exported pipelines in optimum, and the same with diffusers.
 
 `draw.py BASE MERGED OUT.npz WAYS EXPORTED…`: EXPORTED are folders of `trexport onnx`, BASE the pipeline they come from,
-MERGED the UNet of `trexport merge`, WAYS `one` or `one,two`.
+MERGED the UNet or transformer of `trexport merge`, WAYS `one` or `one,two`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from optimum.onnxruntime import ORTDiffusionPipeline, ORTStableDiffusionPipeline, ORTStableDiffusionXLPipeline  # pyright: ignore[reportMissingImports]
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
+from optimum.onnxruntime import (  # pyright: ignore[reportMissingImports]
+    ORTDiffusionPipeline,
+    ORTStableDiffusion3Pipeline,
+    ORTStableDiffusionPipeline,
+    ORTStableDiffusionXLPipeline,
+)
+
+KINDS = {
+    "StableDiffusionPipeline": (ORTStableDiffusionPipeline, "unet", UNet2DConditionModel),
+    "StableDiffusionXLPipeline": (ORTStableDiffusionXLPipeline, "unet", UNet2DConditionModel),
+    "StableDiffusion3Pipeline": (ORTStableDiffusion3Pipeline, "transformer", SD3Transformer2DModel),
+}
 
 WAYS: dict[str, dict[str, Any]] = {
     "one": {"prompt": "the cat dog", "height": 32, "width": 32},
@@ -29,9 +41,11 @@ def draw(pipe: Any, way: str) -> np.ndarray:
 
 
 def main(base: str, merged: str, out: str, ways: str, *exported: str) -> None:
-    plain = DiffusionPipeline.from_pretrained(base)
-    adapted = DiffusionPipeline.from_pretrained(base, unet=UNet2DConditionModel.from_pretrained(merged))
-    kind = ORTStableDiffusionXLPipeline if "XL" in type(plain).__name__ else ORTStableDiffusionPipeline
+    index = json.loads((Path(base) / "model_index.json").read_bytes())
+    without: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
+    kind, part, own = KINDS[index["_class_name"]]
+    plain = DiffusionPipeline.from_pretrained(base, **without)
+    adapted = DiffusionPipeline.from_pretrained(base, **without | {part: own.from_pretrained(merged)})
     pipes = {"plain": plain, "adapted": adapted}
     for folder in exported:
         pipes[Path(folder).name] = kind.from_pretrained(folder, provider="CPUExecutionProvider")

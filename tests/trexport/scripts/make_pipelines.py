@@ -1,4 +1,4 @@
-"""Save two tiny pipelines made from configs, `sd` and `sdxl`, with random weights: `make_pipelines.py OUT`.
+"""Save tiny pipelines made from configs, `sd`, `sdxl` and `sd3`, with random weights: `make_pipelines.py OUT`.
 
 A pipeline that both worlds read is saved by transformers 4: version 5 drops a prefix of the text encoder's keys, which 4
 then misses.
@@ -17,6 +17,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -59,13 +62,13 @@ def unet(**config: Any) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def vae() -> AutoencoderKL:
+def vae(**more: Any) -> AutoencoderKL:
     config: dict[str, Any] = {
         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
         "block_out_channels": [32, 64], "latent_channels": 4, "norm_num_groups": 8, "sample_size": 16,
         "force_upcast": False,
     }  # fmt: skip
-    return AutoencoderKL(**config)
+    return AutoencoderKL(**config | more)
 
 
 def perturbed(model: torch.nn.Module) -> Any:
@@ -108,6 +111,22 @@ def main(out: Path) -> None:
         "add_watermarker": False,
     }
     StableDiffusionXLPipeline(**sdxl).save_pretrained(out / "sdxl")
+    transformer = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=72, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=24,
+        qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    sd3: dict[str, Any] = {
+        "transformer": perturbed(transformer),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": perturbed(vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)),
+        "text_encoder": perturbed(CLIPTextModelWithProjection(text_config(tok, 3, "quick_gelu"))),
+        "text_encoder_2": perturbed(CLIPTextModelWithProjection(text_config(tok, 3, "gelu"))),
+        "tokenizer": tok,
+        "tokenizer_2": tok,
+    }
+    sd3 |= dict.fromkeys(("text_encoder_3", "tokenizer_3"))  # the pipeline then does without T5
+    StableDiffusion3Pipeline(**sd3).save_pretrained(out / "sd3")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from trexport.artifact import Artifact
 from trexport.errors import ArtifactError, TrexportError, UsageError
 from trexport.models.adapters import BoundAdapter, open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.session import Session
 from trexport.session.adapters import AdapterStore
 from trexport.session.forms import Prepared

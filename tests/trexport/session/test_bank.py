@@ -18,7 +18,7 @@ from tests.trexport.helpers import SIZES, drawn_by_torch
 from trexport.artifact import Artifact
 from trexport.errors import UsageError
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session import Session
 

@@ -15,7 +15,7 @@ from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session import Session
 

@@ -22,7 +22,7 @@ from trexport.artifact import Artifact, open_artifact
 from trexport.errors import ArtifactError, RunError, UsageError
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
-from trexport.models.unet import random_feeds
+from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.session import Session, fed_tensors, forms
 from trexport.session.forms import AdapterForm, Prepared

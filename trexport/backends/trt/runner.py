@@ -11,7 +11,7 @@ from torch import Tensor
 from trexport.backends.base import Device, EngineFile, Runner, Step
 from trexport.backends.trt.log import quiet_logger
 from trexport.errors import ArtifactError, RunError, UsageError
-from trexport.models.unet import DTYPES, sizes_of, spread_timestep
+from trexport.models.model import DTYPES, sizes_of, spread_timestep
 
 _WARM_UP = 3
 

@@ -4,35 +4,38 @@ tests."""
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import final
 
 from torch import Tensor
 
 from trexport.formats.content import Content, listed
 from trexport.formats.kohya.full import Full
+from trexport.formats.kohya.glora import Glora
 from trexport.formats.kohya.ia3 import Ia3
 from trexport.formats.kohya.locon import Locon
 from trexport.formats.kohya.loha import Loha
 from trexport.formats.kohya.lokr import Lokr
 from trexport.formats.kohya.method import Method
 from trexport.formats.kohya.names import dotted
-from trexport.formats.text import text_note
+from trexport.formats.kohya.offsets import take_offsets
+from trexport.formats.kohya.oft import Oft
+from trexport.formats.text import dotted_text
 from trlora import Adapter, CheckpointError, LayerParts, TrloraError
 from trlora.checkpoint import check_tensor, provenance
 
-METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Full())
+METHODS: tuple[Method, ...] = (Locon(), Loha(), Lokr(), Ia3(), Oft(), Glora(), Full())
 """The first whose telling leaf begins one of a layer's."""
 
 _REFUSED = {
-    "oft_blocks": "OFT of LyCORIS turns the outputs of a layer; transforms here act on its inputs",
-    "oft_diag": "OFT of kohya's older scripts is not read",
-    "a1.weight": "GLoRA is not read",
-    "w_norm": "changes of normalisations are not read, only linear layers and convolutions change",
-    "b_norm": "changes of normalisations are not read, only linear layers and convolutions change",
+    "oft_diag": "OFT of LyCORIS' first versions is not read",
     "lora_D": "T-LoRA is not read",
 }
 """What is known and cannot be expressed, by a leaf."""
+
+_MAY_BE_WHOLE = ("on_input", "alpha")
+"""Leaves that are not always of floating-point numbers."""
 
 _UNET = ("lora_unet_", "lycoris_")
 _TEXT = re.compile(r"lora_te(\d?)_")
@@ -54,46 +57,68 @@ class KohyaFormat:
             raise CheckpointError(f"{content.path}: {error}") from error
 
     def _read(self, content: Content) -> Adapter:
-        by_name: dict[str, dict[str, Tensor]] = {}
-        encoders: Counter[str] = Counter()
+        models: dict[str, _ByName] = {}
         unknown: list[str] = []
         for key, tensor in content.tensors.items():
-            prefix = next((prefix for prefix in _UNET if key.startswith(prefix)), None)
             name, _, leaf = key.partition(".")
-            text = _TEXT.match(key)
-            if text is not None:
-                encoders["text_encoder_2" if text[1] == "2" else "text_encoder"] += 1
-            elif prefix is None or not leaf:
+            model, name = _model_of(name)
+            if model is None or not leaf:
                 unknown.append(key)
             else:
-                by_name.setdefault(name.removeprefix(prefix), {})[leaf] = tensor
-                if leaf != "on_input":
+                models.setdefault(model, {}).setdefault(name, {})[leaf] = tensor
+                if leaf not in _MAY_BE_WHOLE or tensor.dtype.is_floating_point:
                     check_tensor(key, tensor)
         if unknown:
             raise CheckpointError(
                 f"{len(unknown)} of {len(content.tensors)} keys are none of kohya's, lora_unet_<module>.<leaf> or "
                 f"lora_te_<module>.<leaf>: {listed(unknown)}"
             )
-        if not by_name:
-            raise CheckpointError(f"nothing for the UNet inside{': ' if encoders else ''}{text_note(encoders)}")
-        layers: dict[str, LayerParts] = {}
-        kinds: Counter[str] = Counter()
-        problems: list[str] = []
-        for name, tensors in by_name.items():
-            path = dotted(name)
-            try:
+        metadata = provenance(content.metadata)
+        found = {
+            model: _adapter(models[model], str(content.path), metadata, dotted_text if model else dotted)
+            for model in sorted(models)
+        }
+        unet = found.pop("", None) or Adapter.of({}, 1.0, None, str(content.path), "kohya", metadata)
+        return replace(unet, components=found)
+
+
+_ByName = dict[str, dict[str, Tensor]]
+"""The tensors of a model by the name of their module, then by leaf."""
+
+
+def _model_of(name: str) -> tuple[str | None, str]:
+    """The component that a module is of, empty for the UNet, None for no name of kohya's; and the rest of the name."""
+    text = _TEXT.match(name)
+    if text is not None:
+        return f"text_encoder_{text[1]}" if text[1] not in ("", "1") else "text_encoder", name[text.end() :]
+    prefix = next((prefix for prefix in _UNET if name.startswith(prefix)), None)
+    return (None, name) if prefix is None else ("", name.removeprefix(prefix))
+
+
+def _adapter(by_name: _ByName, source: str, metadata: Mapping[str, str], path_of: Callable[[str], str]) -> Adapter:
+    """What is for one model."""
+    layers: dict[str, LayerParts] = {}
+    offsets: dict[str, Tensor] = {}
+    kinds: set[str] = set()
+    problems: list[str] = []
+    for name, tensors in by_name.items():
+        path = path_of(name)
+        try:
+            taken = take_offsets(path, tensors)
+            offsets |= taken
+            kinds |= {"offsets"} if taken else set()
+            if tensors:
                 method = _method_of(path, tensors)
                 layers[path] = method.layer(path, tensors)
-                kinds[type(method).__name__] += 1
-            except TrloraError as error:
-                problems.append(str(error))
-        if problems:
-            more = f" (and {len(problems) - 1} more of {len(by_name)} layers)" if len(problems) > 1 else ""
-            raise CheckpointError(f"{problems[0]}{more}")
-        _check_alphas(by_name)
-        notes = (text_note(encoders),) if encoders else ()
-        source = "LyCORIS" if kinds.keys() - {"Locon"} else "kohya"
-        return Adapter.of(layers, 1.0, None, str(content.path), source, notes, provenance(content.metadata))
+                kinds.add(type(method).__name__)
+        except TrloraError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - 1} more of {len(by_name)} layers)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}")
+    _check_alphas(by_name)
+    kind = "LyCORIS" if kinds - {"Locon"} else "kohya"
+    return Adapter.of(layers, 1.0, None, source, kind, metadata, offsets)
 
 
 def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
@@ -107,7 +132,7 @@ def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
                 beside = listed(tensors.keys() - strange)
                 raise CheckpointError(f"{path}: {listed(strange)} beside {beside}, expected {', '.join(method.leaves)}")
             return method
-    halves = {"lora_down.weight": "lora_up.weight", "weight": "on_input", "diff_b": "diff"}
+    halves = {"lora_down.weight": "lora_up.weight", "weight": "on_input"}
     missing = next((wanted for leaf, wanted in halves.items() if leaf in tensors), None)
     if missing is not None:
         raise CheckpointError(f"{path}: {missing} is missing beside {listed(tensors)}")
@@ -116,7 +141,7 @@ def _method_of(path: str, tensors: dict[str, Tensor]) -> Method:
 
 def _check_alphas(by_name: dict[str, dict[str, Tensor]]) -> None:
     """Raises `CheckpointError` where some layers have an alpha and others, that could have one, have not: half a file."""
-    able = {name for name, tensors in by_name.items() if not {"on_input", "diff"} & tensors.keys()}
+    able = {name for name, tensors in by_name.items() if tensors and not {"on_input", "diff"} & tensors.keys()}
     lacking = sorted(name for name in able if "alpha" not in by_name[name])
     if lacking and len(lacking) < len(able):
         raise CheckpointError(f"{len(lacking)} of {len(able)} layers have no alpha, the others have: {listed(lacking)}")

@@ -1,4 +1,4 @@
-"""Whole differences of weights."""
+"""Whole differences of weights; those of biases are offsets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trexport.formats.peft.method import kernel_of, take
-from trlora import AdapterSpec, CheckpointError, LayerParts
+from trlora import AdapterSpec, LayerParts
 
 
 @final
@@ -17,12 +17,10 @@ class Full:
     """`W' = W0 + diff`: a Kronecker product with the number one."""
 
     telling = "diff"
-    leaves = ("diff", "diff_b")
+    leaves = ("diff",)
 
     def layer(self, path: str, tensors: Mapping[str, Tensor]) -> LayerParts:
         diff = take(path, tensors, "diff", (2, 4))
-        if "diff_b" in tensors and bool(tensors["diff_b"].any()):
-            raise CheckpointError(f"{path}: diff_b: a change of the bias is not read, only weights change")
         spec = AdapterSpec.from_dict({"residual": {"type": "kronecker", "rank": None, "alpha": None}})
         tensors = {"lokr_w1": torch.ones(1, 1, dtype=diff.dtype), "lokr_w2": diff.flatten(1)}
         return LayerParts.from_tensors(path, spec, {"residual": tensors}, kernel_of(diff))

@@ -1,14 +1,14 @@
-"""LoRA, LoCon and DoRA."""
+"""LoRA, LoCon, DoRA, and DyLoRA, whose files hold a LoRA of all its ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from trexport.formats.kohya.method import alpha_of, norm_of
+from trexport.formats.kohya.mid import with_mid
 from trexport.formats.peft.method import kernel_of, take
 from trlora import AdapterSpec, CheckpointError, LayerParts
 
@@ -25,16 +25,7 @@ class Locon:
         up = take(path, tensors, "lora_up.weight", (down.ndim,))
         if kernel_of(up).count(1) != up.ndim - 2:
             raise CheckpointError(f"{path}: lora_up.weight has shape {tuple(up.shape)}, expected (out, r, 1, 1)")
-        kernel = kernel_of(down)
-        if "lora_mid.weight" in tensors:
-            middle = take(path, tensors, "lora_mid.weight", (4,))
-            if tuple(middle.shape[:2]) != (up.shape[1], down.shape[0]) or set(kernel) != {1}:
-                raise CheckpointError(
-                    f"{path}: lora_mid.weight has shape {tuple(middle.shape)}, expected (r, r, height, width) between "
-                    f"{tuple(up.shape)} and {tuple(down.shape)}"
-                )
-            kernel = kernel_of(middle)
-            down = torch.einsum("abhw,bi->aihw", middle.double(), down.flatten(1).double()).to(down.dtype)
+        down, kernel = with_mid(path, tensors, "lora_up.weight", "lora_down.weight", "lora_mid.weight")
         rank = up.shape[1]
         spec: dict[str, Any] = {"residual": {"type": "low_rank", "rank": rank, "alpha": alpha_of(path, tensors, rank)}}
         parts = {"residual": {"lora_A.weight": down.flatten(1), "lora_B.weight": up.flatten(1)}}

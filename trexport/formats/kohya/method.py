@@ -37,10 +37,14 @@ def alpha_of(path: str, tensors: Mapping[str, Tensor], rank: int) -> float:
     """The alpha, the rank where there is none or zero, as kohya's scripts and LyCORIS have it."""
     if "alpha" not in tensors:
         return float(rank)
-    alpha = tensors["alpha"]
-    if alpha.numel() != 1:
-        raise CheckpointError(f"{path}: alpha has shape {tuple(alpha.shape)}, expected one number")
-    return float(alpha) or float(rank)
+    return number_of(path, tensors, "alpha") or float(rank)
+
+
+def number_of(path: str, tensors: Mapping[str, Tensor], leaf: str) -> float:
+    """A tensor's one number. Raises `CheckpointError` for another number of them."""
+    if tensors[leaf].numel() != 1:
+        raise CheckpointError(f"{path}: {leaf} has shape {tuple(tensors[leaf].shape)}, expected one number")
+    return float(tensors[leaf])
 
 
 def norm_of(path: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], dict[str, Tensor]] | None:

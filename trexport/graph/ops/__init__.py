@@ -14,6 +14,7 @@ from trexport.graph.ops.hadamard import HadamardOp
 from trexport.graph.ops.householder import HouseholderOp
 from trexport.graph.ops.kronecker import KroneckerOp
 from trexport.graph.ops.low_rank import LowRankOp
+from trexport.graph.ops.low_rank_transform import LowRankTransformOp
 from trexport.graph.ops.norm import NormOp
 from trexport.graph.ops.scale import ScaleOp
 from trexport.graph.ops.tensor_ring_residual import TensorRingResidualOp
@@ -23,7 +24,8 @@ DOMAIN = "ai.trlora"
 VERSION = 1
 
 TRANSFORM_OPS: dict[str, type[TransformOp]] = {
-    op.type: op for op in (TensorRingTransformOp, DiagonalOp, BlockOrthogonalOp, ButterflyOp, HouseholderOp)
+    op.type: op
+    for op in (TensorRingTransformOp, DiagonalOp, BlockOrthogonalOp, ButterflyOp, HouseholderOp, LowRankTransformOp)
 }
 RESIDUAL_OPS: dict[str, type[ResidualOp]] = {
     op.type: op for op in (TensorRingResidualOp, LowRankOp, HadamardOp, KroneckerOp)

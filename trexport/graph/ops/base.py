@@ -21,6 +21,9 @@ class MemberOp(ABC):
     type: ClassVar[str]
     """As in a checkpoint's config."""
 
+    telling: ClassVar[str]
+    """A tensor's name that no other op of the same part of a layer has."""
+
     universal: ClassVar[bool] = False
     """Whether it takes every member of its family, exactly, and not only those of its own type."""
 
@@ -36,6 +39,16 @@ class MemberOp(ABC):
     @abstractmethod
     def values(member: Any) -> dict[str, Tensor]:
         """A trained member's own tensors, float32, under the names that the graph has for them."""
+
+    @staticmethod
+    @abstractmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A checkpoint's fields and tensors of a member that has the graph's: the inverse of `values`, but for ranks that
+        were padded, and rounding.
+
+        Raises:
+            ArtifactError: no member has such tensors.
+        """
 
     @property
     @abstractmethod
@@ -99,8 +112,8 @@ class TransformOp(MemberOp):
         """`x @ T.T`, x of `rank` dimensions; with `dense`, T is formed first."""
 
     @abstractmethod
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        """`weight @ T`."""
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
+        """`weight @ T`, weight of `rank` dimensions: three where it has the leading axis of a stacked body already."""
 
     @abstractmethod
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
@@ -109,6 +122,9 @@ class TransformOp(MemberOp):
 
 class ResidualOp(MemberOp):
     """Δ of one layer: as the low-rank map that it is, unless a member knows better."""
+
+    has_factors: ClassVar[bool] = True
+    """Whether it has `factors`, without which a convolution rebuilds its weight."""
 
     @property
     @abstractmethod

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from trexport.graph.ops.base import TransformOp
-from trexport.graph.ops.blocks import blocked
+from trexport.graph.ops.blocks import blocked, skew_of_blocks
 from trexport.graph.ops.body import Body
 from trlora.transforms import BlockOrthogonalTransform
 
@@ -23,10 +24,16 @@ class BlockOrthogonalOp(TransformOp):
     taken through its Cayley map or series, in float64, when its tensors are made, and a shared block is repeated."""
 
     type: ClassVar[str] = "block_orthogonal"
+    telling: ClassVar[str] = "blocks"
 
     @staticmethod
     def values(member: BlockOrthogonalTransform) -> dict[str, Tensor]:
         return {"blocks": copy.deepcopy(member).double().blocks().detach().float().contiguous()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        blocks = tensors["blocks"]
+        return {"type": "block_orthogonal", "block_size": blocks.shape[-1]}, {"skew": skew_of_blocks(blocks)}
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -42,8 +49,8 @@ class BlockOrthogonalOp(TransformOp):
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
         return blocked(body, x, rank, body.turn(values[0], [0, 2, 1]), self._shape)
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        return blocked(body, weight, 2, values[0], self._shape)
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
+        return blocked(body, weight, rank, values[0], self._shape)
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         count, size, _ = self.shapes["blocks"]

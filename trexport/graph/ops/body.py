@@ -31,7 +31,7 @@ class Body:
         self.stacked = stacked
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | str | Sequence[int]) -> ir.Value:
         """One plain node with one output."""
         output = ir.val(f"v{len(self.nodes)}")
         self.nodes.append(ir.node(op_type, inputs, attributes, outputs=[output]))

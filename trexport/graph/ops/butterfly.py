@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from trexport.graph.ops.base import TransformOp
-from trexport.graph.ops.blocks import blocked
+from trexport.graph.ops.blocks import blocked, skew_of_blocks
 from trexport.graph.ops.body import Body, batched
 from trlora.transforms import ButterflyTransform
 
@@ -23,11 +24,18 @@ class ButterflyOp(TransformOp):
     `skew` is taken through the Cayley map, in float64, when its tensors are made."""
 
     type: ClassVar[str] = "butterfly"
+    telling: ClassVar[str] = "blocks.0"
 
     @staticmethod
     def values(member: ButterflyTransform) -> dict[str, Tensor]:
         wide = copy.deepcopy(member).double().blocks().detach().float()
         return {f"blocks.{i}": blocks.contiguous() for i, blocks in enumerate(wide)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        blocks = torch.stack(list(tensors.values()))
+        fields = {"type": "butterfly", "block_size": blocks.shape[-1], "factors": len(blocks)}
+        return fields, {"skew": skew_of_blocks(blocks)}
 
     @property
     def fixed(self) -> tuple[int, tuple[int, ...]]:
@@ -45,11 +53,10 @@ class ButterflyOp(TransformOp):
             x = self._factor(body, x, rank, body.turn(values[i], [0, 2, 1]), i)
         return x
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
-        rank = 2
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         for i, blocks in enumerate(values):
             weight = self._factor(body, weight, rank, blocks, i)
-            rank = 3 if body.stacked else 2
+            rank = 3 if body.stacked else rank
         return weight
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:

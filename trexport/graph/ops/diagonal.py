@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -20,10 +21,15 @@ class DiagonalOp(TransformOp):
     """`scale` (in,)."""
 
     type: ClassVar[str] = "diagonal"
+    telling: ClassVar[str] = "scale"
 
     @staticmethod
     def values(member: DiagonalTransform) -> dict[str, Tensor]:
         return {"scale": member.diagonal().detach().float()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "diagonal"}, dict(tensors)
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -38,7 +44,7 @@ class DiagonalOp(TransformOp):
     def activations(self, body: Body, x: ir.Value, rank: int, values: list[ir.Value], *, dense: bool) -> ir.Value:
         return body.op("Mul", x, self._scale(body, values))
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         return body.op("Mul", weight, self._scale(body, values))
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:

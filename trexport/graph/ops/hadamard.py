@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,6 +23,7 @@ class HadamardOp(ResidualOp):
     Tucker form into the b's."""
 
     type: ClassVar[str] = "hadamard"
+    telling: ClassVar[str] = "a1"
 
     @staticmethod
     def values(member: HadamardResidual) -> dict[str, Tensor]:
@@ -29,6 +31,12 @@ class HadamardOp(ResidualOp):
         (a1, b1), (a2, b2) = wide.factors(1), wide.factors(2)
         found = {"a1": a1 * wide.scaling, "b1": b1, "a2": a2, "b2": b2}
         return {name: tensor.detach().float().contiguous() for name, tensor in found.items()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fields = {"type": "hadamard", "rank": tensors["a1"].shape[1], "alpha": None, "kernel": None}
+        names = {"a1": "hada_w1_a", "b1": "hada_w1_b", "a2": "hada_w2_a", "b2": "hada_w2_b"}
+        return fields, {names[name]: tensor for name, tensor in tensors.items()}
 
     @property
     def fixed(self) -> tuple[int, int]:

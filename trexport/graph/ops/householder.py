@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,11 +23,18 @@ class HouseholderOp(TransformOp):
     `vectors` in float64."""
 
     type: ClassVar[str] = "householder"
+    telling: ClassVar[str] = "left"
 
     @staticmethod
     def values(member: HouseholderTransform) -> dict[str, Tensor]:
         left, right = copy.deepcopy(member).double().factors()
         return {"left": left.detach().float().contiguous(), "right": right.detach().float().contiguous()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        # as the change of low rank that they are: which reflections they were, the product does not tell
+        fields = {"type": "low_rank", "rank": tensors["left"].shape[1], "alpha": None}
+        return fields, {"lora_A.weight": tensors["right"].T.contiguous(), "lora_B.weight": -tensors["left"]}
 
     @property
     def fixed(self) -> int:
@@ -42,7 +50,7 @@ class HouseholderOp(TransformOp):
         left, right = (body.narrow(value) for value in values)
         return body.op("Sub", x, body.matmul(body.matmul(x, right), body.turn(left, [1, 0])))
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         left, right = (body.narrow(value) for value in values)
         return body.op("Sub", weight, body.matmul(body.matmul(weight, left), body.turn(right, [1, 0])))
 

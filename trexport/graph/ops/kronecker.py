@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,12 +23,19 @@ class KroneckerOp(ResidualOp):
     `w1`."""
 
     type: ClassVar[str] = "kronecker"
+    telling: ClassVar[str] = "w1"
+    has_factors: ClassVar[bool] = False
 
     @staticmethod
     def values(member: KroneckerResidual) -> dict[str, Tensor]:
         wide = copy.deepcopy(member).double()
         found = {"w1": wide.whole(1) * wide.scaling, "w2": wide.whole(2)}
         return {name: tensor.detach().float().contiguous() for name, tensor in found.items()}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fields = {"type": "kronecker", "rank": None, "alpha": None}
+        return fields, {"lokr_w1": tensors["w1"], "lokr_w2": tensors["w2"]}
 
     @property
     def fixed(self) -> tuple[tuple[int, ...], ...]:

@@ -2,8 +2,8 @@
 
     Y = X·W'ᵀ + B,   W' = W·(I + Σ_k s_k (T_k − I)) + Σ_k s_k Δ_k
 
-and where an adapter has a magnitude, whose gain G stands outside, `s_k (diag(G_k)·(W·T_k + Δ_k) − W)` in its stead; a bias
-that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
+and where an adapter has a magnitude, whose gain G stands outside, or a transform U of outputs,
+`s_k (diag(G_k)·(U_kᵀ·W·T_k + Δ_k) − W)` in its stead; a bias that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
 
 | input | shape | type |
 |---|---|---|
@@ -11,7 +11,7 @@ that takes the gain as well becomes `B + Σ_k s_k (G_k − 1)·B`.
 | W | (out, in), as in torch | T |
 | B (where the layer has one) | (out,) | T |
 | for each adapter: strength | (1,) | float32 |
-| then the tensors of its transform, its residual, its magnitude | see the members in `trexport.graph.ops` | float32 |
+| then the tensors of its parts, in the order of `trlora.spec.PARTS` | see the members in `trexport.graph.ops` | float32 |
 
 Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b] of its own, at its own strength:
 
@@ -22,7 +22,7 @@ Of a bank, `ai.trlora::BankedLinear_…`, every sample b has an adapter k = I[b]
 | X, W, B | (batch, …, in) and as above | T |
 | index I | (batch,), or (1,) for all | int64, place in the stack |
 | strength s | (batch,), or (1,) for all | float32 |
-| then the tensors of the transforms, the residuals, the magnitudes | (adapters, …): stacked | float32 |
+| then the tensors of the parts, in the same order | (adapters, …): stacked | float32 |
 
 Output Y (…, out), type T. T is float, float16 or bfloat16: that of the artifact, for which the functions are written. The
 name tells the members with their ranks, the layer's shape and the path (see `trexport.graph.ops.plan`); layers that agree in
@@ -77,7 +77,7 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
     inputs += [bias] if bias is not None else []
     index = ir.val(INDEX) if signature.bank else None
     inputs += [index] if index is not None else []
-    slots: list[_Slot] = []
+    slots: list[Taken] = []
     for number, slot in enumerate(signature.slots):
         strength = ir.val(f"{STRENGTH}_{number}")
         values = [ir.val(f"{key.replace('.', '_')}_{number}") for key in slot.names()]
@@ -91,11 +91,11 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
     if flat:  # (batch, in): a row a sample
         x, rank = body.op("Unsqueeze", x, body.ints([1])), 3
     if signature.path == "weight":
-        y = body.matmul(x, body.turn(_rebuilt(body, weight, slots), [1, 0]))
+        y = body.matmul(x, body.turn(rebuilt(body, weight, slots), [1, 0]))
         added = None
-        bias = None if bias is None else _gained(body, bias, slots)
+        bias = None if bias is None else gained(body, bias, slots)
     else:
-        assert not any(slot.magnitude for slot, _, _ in slots), "a gain stands outside: see plan_layer"
+        assert not any(slot.outside for slot, _, _ in slots), "something stands outside: see plan_layer"
         moved, added = _moved(body, x, slots, rank, dense=signature.path == "dense"), _added(body, x, slots, rank)
         y = body.matmul(moved, body.transpose(weight, [1, 0]))
     if bias is not None:
@@ -107,15 +107,15 @@ def linear_function(signature: LinearSignature, name: str, opset: int) -> ir.Fun
     y.name = "Y"
     graph = ir.Graph(inputs, [y], nodes=body.nodes, opset_imports={"": opset}, name=name)
     function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
-    function.doc_string = _documentation(signature)
+    function.doc_string = documentation(_FORMULA, signature.path, signature.slots, bank=signature.bank)
     return function
 
 
-_Slot = tuple[LayerSlot, ir.Value, Mapping[str, list[ir.Value]]]
+Taken = tuple[LayerSlot, ir.Value, Mapping[str, list[ir.Value]]]
 """A slot, its strength, and its tensors by part."""
 
 
-def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense: bool) -> ir.Value:
+def _moved(body: Body, x: ir.Value, slots: Sequence[Taken], rank: int, *, dense: bool) -> ir.Value:
     """`x + Σ s (T·x − x)`: at strength zero x itself, to the last bit."""
     moved = x
     for slot, strength, values in slots:
@@ -126,7 +126,7 @@ def _moved(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int, *, dense:
     return moved
 
 
-def _added(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int) -> ir.Value | None:
+def _added(body: Body, x: ir.Value, slots: Sequence[Taken], rank: int) -> ir.Value | None:
     """`Σ s Δ·x`."""
     added: ir.Value | None = None
     for slot, strength, values in slots:
@@ -136,7 +136,7 @@ def _added(body: Body, x: ir.Value, slots: Sequence[_Slot], rank: int) -> ir.Val
     return added
 
 
-def _rebuilt(body: Body, weight: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
+def rebuilt(body: Body, weight: ir.Value, slots: Sequence[Taken]) -> ir.Value:
     """`W + Σ s (W' − W)`: at strength zero W itself, to the last bit."""
     rebuilt = weight
     for slot, strength, values in slots:
@@ -146,7 +146,7 @@ def _rebuilt(body: Body, weight: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
     return rebuilt
 
 
-def _gained(body: Body, bias: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
+def gained(body: Body, bias: ir.Value, slots: Sequence[Taken]) -> ir.Value:
     """`B + Σ s (G·B − B)` over the adapters that scale the bias."""
     gained = bias
     for slot, strength, values in slots:
@@ -157,14 +157,18 @@ def _gained(body: Body, bias: ir.Value, slots: Sequence[_Slot]) -> ir.Value:
     return gained
 
 
-def _documentation(signature: LinearSignature) -> str:
-    lines = ["Y = X W'^T + B with W' = W (I + sum_k s_k (T_k - I)) + sum_k s_k Delta_k.", f"Path: {signature.path}."]
-    if signature.bank:
+_FORMULA = "Y = X W'^T + B with W' = W (I + sum_k s_k (T_k - I)) + sum_k s_k Delta_k."
+
+
+def documentation(formula: str, path: Path, slots: Sequence[LayerSlot], *, bank: bool = False) -> str:
+    """What a function says of itself."""
+    lines = [formula, f"Path: {path}."]
+    if bank:
         lines.append(
             f"Every sample has the adapter at {INDEX} (batch,) int64 of the stack; the shapes below are one adapter's."
         )
-    for number, slot in enumerate(signature.slots):
-        lines.append(f"Adapter {number}: {STRENGTH}_{number} ({'batch' if signature.bank else 1},) float32")
+    for number, slot in enumerate(slots):
+        lines.append(f"Adapter {number}: {STRENGTH}_{number} ({'batch' if bank else 1},) float32")
         for part, op in slot.parts.items():
             shapes = ", ".join(f"{name} {shape}" for name, shape in op.shapes.items())
             lines.append(f"  {part} {op.type}: {shapes}, float32")

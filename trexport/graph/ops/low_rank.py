@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import onnx_ir as ir
 import torch
@@ -23,6 +23,7 @@ class LowRankOp(ResidualOp):
     residual, as the low-rank map that it is exactly."""
 
     type: ClassVar[str] = "low_rank"
+    telling: ClassVar[str] = "lora_A.weight"
     universal: ClassVar[bool] = True
 
     @staticmethod
@@ -32,6 +33,10 @@ class LowRankOp(ResidualOp):
             "lora_A.weight": right.detach().float().T.contiguous(),
             "lora_B.weight": left.detach().float().contiguous(),
         }
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "low_rank", "rank": len(tensors["lora_A.weight"]), "alpha": None}, dict(tensors)
 
     @classmethod
     def holding(cls, residuals: Sequence[ResidualOp]) -> Self:

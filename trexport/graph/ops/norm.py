@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,6 +23,7 @@ class NormOp(MagnitudeOp):
     adapter looks."""
 
     type: ClassVar[str] = "norm"
+    telling: ClassVar[str] = "norm"
 
     @staticmethod
     def values(member: NormMagnitude) -> dict[str, Tensor]:
@@ -29,6 +31,10 @@ class NormOp(MagnitudeOp):
         if not norm.all():
             raise ArtifactError("a norm of zero, which the graph takes for no norm; export it merged")
         return {"norm": norm}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "norm"}, dict(tensors)
 
     def neutral(self) -> dict[str, Tensor]:
         return {"norm": torch.zeros(self.shapes["norm"])}

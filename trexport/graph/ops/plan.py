@@ -2,12 +2,13 @@
 
 Three ways give the same result. `activations` applies the transform's cores to the activations; `dense` forms T once and
 multiplies the activations with it; `weight` rebuilds the adapted weight. The first two keep the residual as two thin
-products beside the layer. The gain of a magnitude stands outside of both: such layers take the third. Which is cheapest
-depends on the tokens that a layer sees against its width.
+products beside the layer. The gain of a magnitude and a transform of outputs stand outside of both: such layers take the
+third. Which is cheapest depends on the tokens that a layer sees against its width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, final
@@ -61,7 +62,7 @@ class LayerPlan:
 
 def plan_layer(
     slots: Sequence[LayerSlot],
-    shape: tuple[int, int],
+    shape: Sequence[int],
     tokens: int,
     model: CostModel,
     forced: Path | None = None,
@@ -71,26 +72,38 @@ def plan_layer(
 
     Args:
         slots: of the adapters on the layer.
-        shape: (out_features, in_features).
-        tokens: rows of activations.
+        shape: (out_features, in_features), or of a convolution (out, in/groups, height, width).
+        tokens: rows of activations; of a convolution places of its output.
         forced: take this path whatever it costs.
         samples: that have an adapter each, in a bank: T or the weight is then formed for every one.
 
     Raises:
-        UsageError: another path than `weight` is forced on a layer with a magnitude.
+        UsageError: another path than `weight` is forced on a layer with a magnitude or a transform of outputs, or on a
+            convolution that has more than low-rank residuals.
     """
-    paths: tuple[Path, ...] = ("weight",) if any(slot.magnitude for slot in slots) else PATHS
+    paths: tuple[Path, ...] = ("weight",) if any(slot.outside for slot in slots) else PATHS
+    convolution, shape = len(shape) > 2, (shape[0], math.prod(shape[1:]))
+    if convolution and paths == PATHS:
+        thin = all(slot.transform is None and slot.residual is not None and slot.residual.has_factors for slot in slots)
+        paths = ("activations", "weight") if thin else ("weight",)
+        forced = "activations" if thin and forced == "dense" else forced  # no transform is to be formed
+        if forced is not None and forced not in paths:
+            raise UsageError(
+                f"--path {forced}: transforms and Kronecker products on convolutions rebuild the weight; leave it to the "
+                "plan, or give --path weight"
+            )
     if forced is not None and forced not in paths:
         raise UsageError(
-            f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) stands outside of the adapted product, so its layers "
-            "rebuild their weight; leave it to the plan, or give --path weight"
+            f"--path {forced}: a magnitude (of DoRA, BOFT or (IA)³) or a transform of outputs (of LyCORIS' OFT and BOFT) "
+            "stands outside of the adapted product, so its layers rebuild their weight; leave it to the plan, or give "
+            "--path weight"
         )
     each = -(-tokens // samples)
     costs = {path: round(1e3 * samples * _seconds(path, slots, shape, each, model), 6) for path in paths}
     return LayerPlan(forced or min(paths, key=lambda path: costs[path]), tokens, costs)
 
 
-def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tokens: int, model: CostModel) -> float:
+def _seconds(path: Path, slots: Sequence[LayerSlot], shape: Sequence[int], tokens: int, model: CostModel) -> float:
     rows, columns = shape
     seconds = 0.0
     for slot in slots:
@@ -108,6 +121,9 @@ def _seconds(path: Path, slots: Sequence[LayerSlot], shape: tuple[int, int], tok
             seconds += flops / model.thin_flops_per_second + moved / model.elements_per_second
         if slot.magnitude is not None:
             seconds += 6.0 * rows * columns / model.elements_per_second
+        if slot.output_transform is not None:
+            flops, moved = slot.output_transform.work(columns, dense=False)
+            seconds += flops / model.thin_flops_per_second + (moved + 4.0 * rows * columns) / model.elements_per_second
     if path == "weight":
         seconds += 2.0 * rows * columns / model.elements_per_second  # the runtime cannot prepare the weight beforehand
     return seconds

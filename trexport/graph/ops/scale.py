@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -20,11 +21,16 @@ class ScaleOp(MagnitudeOp):
     """`scale` (out,) of the weight, and where the bias is scaled as well `bias_scale` (out,), the same again."""
 
     type: ClassVar[str] = "scale"
+    telling: ClassVar[str] = "scale"
 
     @staticmethod
     def values(member: ScaleMagnitude) -> dict[str, Tensor]:
         scale = member.scale.detach().float()
         return {"scale": scale} | ({"bias_scale": scale} if member.scales_bias else {})
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"type": "scale", "bias": "bias_scale" in tensors}, {"scale": tensors["scale"]}
 
     def neutral(self) -> dict[str, Tensor]:
         return {name: torch.ones(shape) for name, shape in self.shapes.items()}

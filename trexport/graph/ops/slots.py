@@ -23,9 +23,22 @@ from trexport.graph.ops import (
 from trexport.graph.ops.low_rank import LowRankOp
 from trlora import LayerAdapter
 from trlora.errors import nearest
+from trlora.spec import PARTS
+
+_OPS: dict[str, Any] = {
+    "transform": TRANSFORM_OPS,
+    "residual": RESIDUAL_OPS,
+    "magnitude": MAGNITUDE_OPS,
+    "output_transform": TRANSFORM_OPS,
+}
 
 STRENGTH = "strength"
 INDEX = "index"
+
+
+def _members(adapter: LayerAdapter) -> dict[str, tuple[Any, str]]:
+    """The members of an adapter and their types, by part."""
+    return {part: (getattr(adapter, part), getattr(adapter.spec, part).type) for part in PARTS}
 
 
 @final
@@ -36,6 +49,7 @@ class LayerSlot:
     transform: TransformOp | None
     residual: ResidualOp | None
     magnitude: MagnitudeOp | None = None
+    output_transform: TransformOp | None = None
 
     @classmethod
     def of(cls, adapter: LayerAdapter) -> Self:
@@ -44,11 +58,11 @@ class LayerSlot:
         Raises:
             ArtifactError: no graph takes one of its parts.
         """
-        transform, residual, magnitude = adapter.transform, adapter.residual, adapter.magnitude
         return cls(
-            None if transform.trivial else TRANSFORM_OPS[adapter.spec.transform.type].of(transform),
-            None if residual.trivial else RESIDUAL_OPS[adapter.spec.residual.type].of(residual),
-            None if magnitude.trivial else MAGNITUDE_OPS[adapter.spec.magnitude.type].of(magnitude),
+            **{
+                part: None if member.trivial else _OPS[part][kind].of(member)
+                for part, (member, kind) in _members(adapter).items()
+            }
         )
 
     def joined(self, other: LayerSlot) -> Self:
@@ -68,13 +82,20 @@ class LayerSlot:
         magnitude = self.magnitude or other.magnitude
         if self.magnitude is not None and other.magnitude is not None:
             magnitude = self.magnitude.joined(other.magnitude)
-        return type(self)(transform, residual, magnitude)
+        turn = self.output_transform or other.output_transform
+        if self.output_transform is not None and other.output_transform is not None:
+            turn = self.output_transform.joined(other.output_transform)
+        return type(self)(transform, residual, magnitude, turn)
 
     @property
     def parts(self) -> dict[str, MemberOp]:
         """The members that are there, by their part of a key."""
-        found = {"transform": self.transform, "residual": self.residual, "magnitude": self.magnitude}
-        return {part: op for part, op in found.items() if op is not None}
+        return {part: op for part in PARTS if (op := getattr(self, part)) is not None}
+
+    @property
+    def outside(self) -> bool:
+        """Whether something stands outside of the layer's own product, so that its weight has to be rebuilt."""
+        return self.magnitude is not None or self.output_transform is not None
 
     def split(self, values: Sequence[ir.Value]) -> dict[str, list[ir.Value]]:
         """Values in the order of `names`, by part."""
@@ -96,12 +117,7 @@ class LayerSlot:
             ArtifactError: they do not fit.
         """
         result = self.neutral()
-        given = {
-            "transform": (adapter.transform, adapter.spec.transform.type),
-            "residual": (adapter.residual, adapter.spec.residual.type),
-            "magnitude": (adapter.magnitude, adapter.spec.magnitude.type),
-        }
-        for part, (member, kind) in given.items():
+        for part, (member, kind) in _members(adapter).items():
             if member.trivial:
                 continue
             op = self.parts.get(part)
@@ -112,7 +128,10 @@ class LayerSlot:
         return result
 
     def signature(self) -> str:
-        return "_".join(op.signature() for op in self.parts.values())
+        return "_".join(
+            f"Output{op.signature()}" if part == "output_transform" else op.signature()
+            for part, op in self.parts.items()
+        )
 
 
 @final
@@ -169,9 +188,7 @@ class Slot:
 
         layers = {
             path: LayerSlot(
-                op(parts.get("transform"), TRANSFORM_OPS),
-                op(parts.get("residual"), RESIDUAL_OPS),
-                op(parts.get("magnitude"), MAGNITUDE_OPS),
+                **{part: op(parts.get(part), registry) for part, registry in _OPS.items()},
             )
             for path, parts in fields["layers"].items()
         }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,11 +23,20 @@ class TensorRingResidualOp(ResidualOp):
     as the low-rank map that it is exactly, see `trlora.ring.low_rank_from_cores`."""
 
     type: ClassVar[str] = "tensor_ring"
+    telling: ClassVar[str] = "row_core.0"
 
     @staticmethod
     def values(member: TensorRingResidual) -> dict[str, Tensor]:
         cores = {f"row_core.{d}": core.detach().float() for d, core in enumerate(member.row_core)}
         return cores | {f"column_core.{d}": core.detach().float() for d, core in enumerate(member.column_core)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        rows = [core for name, core in tensors.items() if name.startswith("row_core")]
+        columns = [core for name, core in tensors.items() if name.startswith("column_core")]
+        modes = {"row": [core.shape[0] for core in rows], "column": [core.shape[0] for core in columns]}
+        ranks = [core.shape[1] for core in (*rows, *columns)]
+        return {"type": "tensor_ring", "order": len(rows), "rank": ranks, "modes": modes}, dict(tensors)
 
     @property
     def fixed(self) -> dict[str, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import onnx_ir as ir
 import torch
@@ -22,10 +23,17 @@ class TensorRingTransformOp(TransformOp):
     see `trlora.ring.multiply_cores`: two products and no transposition of what is transformed."""
 
     type: ClassVar[str] = "tensor_ring"
+    telling: ClassVar[str] = "core.0"
 
     @staticmethod
     def values(member: TensorRingTransform) -> dict[str, Tensor]:
         return {f"core.{d}": core.detach().float() for d, core in enumerate(member.core)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cores = list(tensors.values())
+        ranks, modes = [core.shape[2] for core in cores], [core.shape[0] for core in cores]
+        return {"type": "tensor_ring", "order": len(cores), "rank": ranks, "modes": modes}, dict(tensors)
 
     @property
     def fixed(self) -> dict[str, tuple[int, ...]]:
@@ -47,10 +55,10 @@ class TensorRingTransformOp(TransformOp):
             return body.matmul(x, self._dense(body, values, turned=True))
         return self._chains(body, x, rank, values, rows="j", columns="i")
 
-    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value]) -> ir.Value:
+    def weight(self, body: Body, weight: ir.Value, values: list[ir.Value], rank: int = 2) -> ir.Value:
         if len(self.shapes) == 1:
             return body.matmul(weight, self._dense(body, values, turned=False))
-        return self._chains(body, weight, 2, values, rows="i", columns="j")
+        return self._chains(body, weight, rank, values, rows="i", columns="j")
 
     def work(self, rows: int, *, dense: bool) -> tuple[float, float]:
         n = math.prod(shape[0] for shape in self.shapes.values())

@@ -1,15 +1,16 @@
 """`ai.trlora::MergedWeight_…`, the operator that merges adapters into a weight: what `merge.onnx` of a swappable artifact is
 made of.
 
-    W' = W + Σ_k s_k (diag(G_k)·(W·T_k + Δ_k) − W)
+    W' = W + Σ_k s_k (diag(G_k)·(U_kᵀ·W·T_k + Δ_k) − W)
 
-G_k is the gain of an adapter's magnitude, one where it has none.
+G_k is the gain of an adapter's magnitude, one where it has none, U_k its transform of outputs, the identity where it
+has none.
 
 | input | shape | type |
 |---|---|---|
 | W | (out, in), or of a convolution (out, in/groups, height, width), as in torch | T |
 | strength | (adapters,) | float32 |
-| then the tensors of the transforms, the residuals, the magnitudes | (adapters, …): stacked | float32 |
+| then the tensors of the parts, in the order of `trlora.spec.PARTS` | (adapters, …): stacked | float32 |
 
 Output Y, of the shape of W, type T: computed in float32 and cast once. T is float, float16 or bfloat16. At strength zero it
 is W, to the last bit (but for the sign of a zero). The tensors of each member: see `trexport.graph.ops`.
@@ -24,7 +25,7 @@ from typing import final
 
 import onnx_ir as ir
 
-from trexport.graph.ops import DOMAIN
+from trexport.graph.ops import DOMAIN, TransformOp
 from trexport.graph.ops.body import ONNX_DTYPES, Body
 from trexport.graph.ops.slots import STRENGTH, LayerSlot
 from trexport.io_spec import Dtype
@@ -70,7 +71,7 @@ def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Fun
     shapes = [f"{part} {op.type}: {dict(op.shapes)}" for part, op in slot.parts.items()]
     function.doc_string = "\n".join(
         [
-            "Y = W + sum_k s_k (diag(G_k) (W T_k + Delta_k) - W), adapters along the first axis of each tensor; of one:",
+            "Y = W + sum_k s_k (diag(G_k) (U_k^T W T_k + Delta_k) - W), adapters along the first axis of tensors; of one:",
             *shapes,
         ]
     )
@@ -80,7 +81,7 @@ def weight_function(signature: WeightSignature, name: str, opset: int) -> ir.Fun
 def weight_change(
     body: Body, weight: ir.Value, slot: LayerSlot, values: Mapping[str, list[ir.Value]]
 ) -> ir.Value | None:
-    """`diag(G)·(W·T + Δ) − W` of one slot, (out, in), with a leading axis in a stacked body; None for a slot without parts.
+    """`diag(G)·(Uᵀ·W·T + Δ) − W` of one slot, (out, in), with a leading axis in a stacked body; None for one without parts.
 
     Args:
         weight: W as a matrix.
@@ -89,6 +90,8 @@ def weight_change(
     change: ir.Value | None = None
     if slot.transform is not None:
         change = body.op("Sub", slot.transform.weight(body, weight, values["transform"]), weight)
+    if slot.output_transform is not None:
+        change = _turned(body, weight, change, slot.output_transform, values["output_transform"])
     if slot.residual is not None:
         delta = slot.residual.delta(body, values["residual"])
         change = delta if change is None else body.op("Add", change, delta)
@@ -97,3 +100,13 @@ def weight_change(
         gain = slot.magnitude.gain(body, whole, values["magnitude"])
         change = body.op("Sub", body.op("Mul", gain, whole), weight)
     return change
+
+
+def _turned(body: Body, weight: ir.Value, change: ir.Value | None, op: TransformOp, values: list[ir.Value]) -> ir.Value:
+    """`Uᵀ·(W + change) − W`: U on the outputs is to the transposed weight what T on the inputs is to the weight."""
+    if change is None:
+        turned = op.weight(body, body.transpose(weight, [1, 0]), values)
+    else:
+        rank = 3 if body.stacked else 2
+        turned = op.weight(body, body.turn(body.op("Add", weight, change), [1, 0]), values, rank)
+    return body.op("Sub", body.turn(turned, [1, 0]), weight)

@@ -8,22 +8,27 @@ its rows are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from diffusers import UNet2DConditionModel
+from torch.export import ExportedProgram
 
 from trexport.errors import UsageError
 from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_attention_
 from trexport.models.fused.group_norm import fuse_group_norm_
+from trexport.models.fused.join import join_norms_
+from trexport.models.fused.join_linear import join_linears_
 from trexport.models.fused.options import ALL, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
+from trexport.models.fused.projection import fuse_projection_
 from trexport.models.fused.time_embedding import fuse_time_embedding_
 from trlora.errors import nearest
 
-__all__ = ["ALL", "PROJECTIONS", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "fuse_", "options_for"]
+__all__ = ["ALL", "PROJECTIONS", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "fuse_", "join_", "options_for"]
 
 REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
     "self_attention": fuse_self_attention_,
     "cross_attention": fuse_cross_attention_,
+    "projection": fuse_projection_,
     "time_embedding": fuse_time_embedding_,
     "group_norm": fuse_group_norm_,
 }
@@ -45,3 +50,12 @@ def fuse_(unet: UNet2DConditionModel, options: FuseOptions | None = None) -> Fus
     return FuseReport(
         options, {name: rewrite(unet, options) for name, rewrite in REWRITES.items() if name in options.rewrites}
     )
+
+
+def join_(program: ExportedProgram) -> Mapping[str, int]:
+    """In a program exported from a UNet rewritten with our own kernels, put what stands around a kernel's call into it.
+
+    Returns:
+        what was joined, and how often.
+    """
+    return {**join_norms_(program), **join_linears_(program)}

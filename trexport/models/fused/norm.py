@@ -33,7 +33,7 @@ class GroupNormAct(nn.Module):
             as `x`; from Triton's kernels channels-last.
         """
         if self.kernels == "triton":
-            from trexport.models.fused.kernels.group_norm import group_norm
+            from trexport.models.fused.ops import group_norm  # torch warns there where Triton is missing
 
             return group_norm(x, shift, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         if shift is not None:

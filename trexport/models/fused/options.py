@@ -15,7 +15,7 @@ Attention = Literal["default", "cudnn"]
 
 PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
 """The rewrites that make one product of several."""
-ALL = (*PROJECTIONS, "group_norm")
+ALL = ("self_attention", "cross_attention", "projection", "time_embedding", "group_norm")
 """The names of all rewrites, see `trexport.models.fused.REWRITES`."""
 
 
@@ -35,17 +35,14 @@ class FuseOptions:
 
 
 def options_for(device: torch.device | str, dtype: torch.dtype) -> FuseOptions:
-    """What was measured to be best on a device: the projections in one product each, and on compute capability 9.0, in half
-    precision, cuDNN's attention.
-
-    Our normalisations are left out: on an H100 the compiler's own, which take in the additions around them, are faster
-    (`benchmarks/NOTES.md`).
+    """What was measured to be best on a device: on compute capability 9.0, in half precision, all rewrites with our kernels
+    (give the exported program to `join_` then) and cuDNN's attention; elsewhere the projections in one product each.
     """
     device = torch.device(device)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    half = dtype in (torch.float16, torch.bfloat16)
-    cudnn = hopper and half and torch.backends.cudnn.is_available()
-    return FuseOptions(PROJECTIONS, attention="cudnn" if cudnn else "default")
+    if not hopper or dtype not in (torch.float16, torch.bfloat16):
+        return FuseOptions(PROJECTIONS)
+    return FuseOptions(ALL, "triton", "cudnn" if torch.backends.cudnn.is_available() else "default")
 
 
 @final

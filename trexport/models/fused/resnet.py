@@ -28,6 +28,11 @@ class FusedResnet(nn.Module):
         self.norm2 = GroupNormAct(block.norm2, silu=True)
         self.conv2 = block.conv2
         self.conv_shortcut = block.conv_shortcut
+        if self.conv_shortcut is not None and self.conv_shortcut.bias is not None and self.conv2.bias is not None:
+            both = self.conv2.bias.detach().float() if self.conv2.bias.dtype.itemsize < 4 else self.conv2.bias.detach()
+            both = both + self.conv_shortcut.bias.detach().to(both.dtype)
+            self.conv2.bias = nn.Parameter(both.to(self.conv2.bias.dtype), requires_grad=False)
+            self.conv_shortcut.bias = None
         self.output_scale_factor = block.output_scale_factor
         self.time_columns: tuple[int, int] | None = None
         """First column and their number."""

@@ -12,7 +12,7 @@ from tests.trexport.helpers import SIZES, run_onnx
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.passes.promote import promote
 from trexport.models.base import open_base
-from trexport.models.unet import call_unet, load_unet, random_feeds
+from trexport.models.model import first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -42,5 +42,5 @@ def test_stable_diffusion_xl_in_half_precision(tmp_path: Path) -> None:
     manifest = export_onnx(base, [], tmp_path / "x", ExportOptions("fp16", fixed=SIZES))
     feeds = random_feeds(manifest.io, SIZES, seed=1)
     with torch.inference_mode():
-        wanted = call_unet(load_unet(base), {name: value.float() for name, value in feeds.items()})
+        wanted = first_output(load_model(base), {name: value.float() for name, value in feeds.items()})
     assert relative_l2(run_onnx(tmp_path / "x" / "unet" / "model.onnx", feeds)["out_sample"], wanted) <= 3e-3

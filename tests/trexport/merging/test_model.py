@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 
-from tests.trexport.helpers import leftovers, merged_in_float64, weights_of, write_unet
+from tests.trexport.helpers import leftovers, merged_in_float64, weights_of, write_model
 from trexport.errors import TrexportError, UsageError
 from trexport.merging import merge, plan_merge
 from trexport.models.adapters import open_adapters
@@ -64,7 +64,7 @@ def test_strength_zero_gives_the_base_s_bits(base: Base, adapter_folder: Path, t
 def test_half_precision_is_computed_in_float32_and_rounded_once(
     dtype: torch.dtype, adapter_folder: Path, tmp_path: Path
 ) -> None:
-    folder = write_unet(tmp_path / "base", open_base("random:tiny"), dtype)
+    folder = write_model(tmp_path / "base", open_base("random:tiny"), dtype)
     base = open_base(str(folder))
     merge(base, open_adapters([str(adapter_folder)], base), tmp_path / "out")
     expected = merged_in_float64(base, [(adapter_folder, 1.0)])

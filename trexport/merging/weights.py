@@ -1,12 +1,12 @@
-"""`trexport merge`: adapters folded into a dense UNet, streamed weight by weight."""
+"""Adapters folded into the weights of a model, streamed from file to file, weight by weight."""
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, final
@@ -14,19 +14,17 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor
 
-from trexport.disk import check_disk
-from trexport.errors import TrexportError, UsageError
-from trexport.hashing import hash_of_bytes, hash_of_tensors, sha256_of_file
-from trexport.io_spec import Dtype, unet_spec
-from trexport.manifest import BaseRecord, Manifest, package_versions
+from trexport.cores import single_threaded_torch
+from trexport.errors import TrexportError
+from trexport.hashing import hash_of_bytes, hash_of_tensors
+from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
-from trexport.models.base import INDEX_NAME, UNET_CLASS, Base
-from trexport.models.unet import layers_of
+from trexport.models.base import Base
+from trexport.models.model import layers_of, offsets_of, with_offsets
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES, Entry, WeightFile
 from trexport.models.writer import SafetensorsWriter, bytes_of
 from trexport.progress import SILENT, Progress
 from trlora import LayerAdapter, LayerMerge, MergeReport, adapted_bias, merge_layer
-from trlora.files import atomic_folder, check_free
 
 _AHEAD = 32
 """Tensors computed or hashed ahead of the writing: bounds the memory (by some 200 MB in Stable Diffusion 1.5), and keeps
@@ -35,60 +33,41 @@ every core busy where small tensors follow large ones."""
 
 @final
 @dataclass(frozen=True)
-class MergePlan:
-    """What a merge is going to do."""
+class Written:
+    """Weights that were written."""
 
-    out: Path
-    tensors: int
-    adapted: int
-    size_bytes: int
-
-
-def plan_merge(
-    base: Base, adapters: Sequence[BoundAdapter], out: Path, dtype: Dtype | None = None, *, overwrite: bool = False
-) -> MergePlan:
-    """What `merge` would do, nothing written. Raises what `merge` would raise before it writes."""
-    if not adapters:
-        raise UsageError("no adapter given, there is nothing to merge")
-    check_free(out, overwrite=overwrite)
-    entries = [entry for file in base.weights for entry in _target_entries(file, dtype)]
-    size_bytes = sum(entry.size_bytes for entry in entries)
-    check_disk(out, size_bytes)
-    return MergePlan(out, len(entries), len(layers_of(adapters)), size_bytes)
+    report: MergeReport
+    dtype: Dtype
+    source_hash: str
+    """Of what they were before, as `BaseRecord.content_hash`."""
+    result_hash: str
 
 
-def merge(
+def write_weights(
     base: Base,
     adapters: Sequence[BoundAdapter],
-    out: Path,
-    *,
+    folder: Path,
     dtype: Dtype | None = None,
-    overwrite: bool = False,
+    *,
     progress: Progress = SILENT,
-) -> MergeReport:
-    """Write a UNet folder that `UNet2DConditionModel.from_pretrained` loads, with the adapters in its weights.
+) -> Written:
+    """Write the weight files of a model with adapters in them, of the same names, shards and order, into a folder that is
+    there, and their index.
 
-    Every weight is computed in float32 and cast once. File names, shards, the order of the tensors and (unless `dtype`
-    is given) their dtypes stay the base's; the same inputs give the same bytes.
-
-    Raises:
-        FileExistsError: `out` holds something and `overwrite` is not set.
-        UsageError: no adapter given.
-        TrexportError: less free disk than the result needs.
-        OSError: the disk filled up all the same. Nothing is left then.
+    Args:
+        dtype: None keeps that of every tensor.
     """
-    plan = plan_merge(base, adapters, out, dtype, overwrite=overwrite)
     chosen = dtype or _dtype_of(base)
-    layers = layers_of(adapters)
+    layers, offsets = layers_of(adapters), offsets_of(adapters)
     records: list[LayerMerge] = []
+    total = sum(entry.size_bytes for file in base.weights for entry in target_entries(file, dtype))
     with (
-        atomic_folder(out, overwrite=overwrite) as folder,
         _Hashes() as source_hashes,
         _Hashes() as result_hashes,
-        progress.task("merge", plan.size_bytes) as task,
+        progress.task("merge", total) as task,
     ):
         for file in base.weights:
-            entries = _target_entries(file, dtype)
+            entries = target_entries(file, dtype)
             with (
                 SafetensorsWriter(folder / base.plain_name(file.name), entries, file.metadata) as writer,
                 closing(_merged_ahead(file, layers)) as merged,
@@ -103,6 +82,8 @@ def merge(
                     elif source.name.endswith(".bias"):
                         scaled = _merged_bias(tensor, layers.get(source.name.removesuffix(".bias"), []))
                         tensor, digest = (tensor, digest) if scaled is None else (scaled, None)
+                    if source.name in offsets:
+                        tensor, digest = with_offsets(tensor.float(), offsets[source.name]), None
                     if tensor.dtype != TORCH_DTYPES[target.dtype]:
                         tensor = tensor.to(TORCH_DTYPES[target.dtype])
                         digest = None
@@ -113,27 +94,14 @@ def merge(
                     else:
                         writer.copy(place, source.size_bytes)
                     task.advance(target.size_bytes)
-        config = {key: value for key, value in base.config.items() if key != "_name_or_path"}
-        _write_json(folder / "config.json", config | {"_class_name": UNET_CLASS})
         if base.index is not None:
             places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
-            _write_json(folder / INDEX_NAME, {"metadata": {"total_size": plan.size_bytes}, "weight_map": places})
-        others = [path for path in sorted(folder.iterdir()) if path.suffix == ".json"]
-        Manifest(
-            kind="unet",
-            form="merged",
-            dtype=chosen,
-            io=unet_spec(base.config, chosen),
-            base=BaseRecord(base.name, source_hashes.total()),
-            adapters=tuple(adapter.record() for adapter in adapters),
-            files={path.name: sha256_of_file(path) for path in others},
-            weights_hash=result_hashes.total(),
-            versions=package_versions(),
-        ).write(folder)
-    return MergeReport(tuple(records))
+            index = f"{base.architecture.stem}.safetensors.index.json"
+            write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": places})
+        return Written(MergeReport(tuple(records)), chosen, source_hashes.total(), result_hashes.total())
 
 
-def _target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:
+def target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:
     """The file's entries with the dtype they will be written in; integers keep theirs."""
     if dtype is None:
         return list(file.entries)
@@ -160,8 +128,7 @@ def _merged_ahead(
     """The merged weights of a file in its order, computed on another thread a few ahead of who takes them."""
     paths = iter([path for path in map(_layer_of, (entry.name for entry in file.entries)) if path in layers])
     # a layer a thread: torch's own threads would wait for each other, spinning on the cores that write and hash
-    workers = max(1, torch.get_num_threads() - 1)
-    with _single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with single_threaded_torch() as threads, ThreadPoolExecutor(max(1, threads - 1)) as pool:
         pending: deque[Future[tuple[Tensor, LayerMerge]]] = deque()
 
         def submit() -> None:
@@ -169,7 +136,7 @@ def _merged_ahead(
             if path is not None:
                 pending.append(pool.submit(lambda: merge_layer(path, file.tensor(f"{path}.weight"), layers[path])))
 
-        for _ in range(_AHEAD + workers):
+        for _ in range(_AHEAD + max(1, threads - 1)):
             submit()
         try:
             while pending:
@@ -179,16 +146,6 @@ def _merged_ahead(
         finally:
             for future in pending:
                 future.cancel()
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @final
@@ -234,5 +191,5 @@ def _dtype_of(base: Base) -> Dtype:
     return short[name]
 
 
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
