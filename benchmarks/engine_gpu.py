@@ -1,6 +1,7 @@
 """AOTInductor at the size of Stable Diffusion 1.5 on a GPU, fp16: a step, a build, a swap, a session's promises.
 
-For a try on another machine: BENCH_BASE (random:tiny), BENCH_DEVICE (cpu), BENCH_DTYPE (fp32), BENCH_TMP.
+BENCH_LEVEL is `--optimization-level`. For a try on another machine: BENCH_BASE (random:tiny), BENCH_DEVICE (cpu),
+BENCH_DTYPE (fp32), BENCH_TMP.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def main() -> None:
     source = os.environ.get("BENCH_BASE", "random:sd15")
     device = cast(Device, os.environ.get("BENCH_DEVICE", "cuda"))
     dtype = cast(Dtype, os.environ.get("BENCH_DTYPE", "fp16"))
+    level = int(os.environ.get("BENCH_LEVEL", "0"))
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as name:
         base = open_base(str(write_base(Path(name) / "base", source)))
-        fields = run(base, Path(name), device, dtype)
+        fields = run(base, Path(name), device, dtype, level)
     if source == "random:sd15" and device == "cuda":
-        about = {"base": source, "adapter": ADAPTER}
-        keep(f"engine_gpu_{dtype}", "python -m benchmarks engine-gpu", device, about | fields)
+        about = {"base": source, "adapter": ADAPTER, "optimization_level": level}
+        name = f"engine_gpu_{dtype}" + (f"_level{level}" if level else "")
+        keep(name, f"python -m benchmarks engine-gpu  # BENCH_LEVEL={level}", device, about | fields)
 
 
-def run(base: Base, folder: Path, device: Device, dtype: Dtype) -> dict[str, Any]:
+def run(base: Base, folder: Path, device: Device, dtype: Dtype, level: int) -> dict[str, Any]:
     """Both forms of one base."""
     adapters = open_adapters([ADAPTER], base)
     fields: dict[str, Any] = {"build": {}, "parity": {}}
@@ -64,7 +67,7 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype) -> dict[str, Any
             adapters,
             folder / form,
             engine_backend_of("aotinductor"),
-            EngineOptions((default_profile(exported, base),), device=device),
+            EngineOptions((default_profile(exported, base),), device=device, optimization_level=level),
         )
         assert built is not None
         compile_seconds = built[1].seconds
