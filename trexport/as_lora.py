@@ -84,7 +84,8 @@ def _pair(
     dtype: torch.dtype,
 ) -> tuple[Pair, LayerConversion]:
     """A layer as a LoRA, and what that costs."""
-    low_rank_is_all = parts.transform is None and parts.magnitude is None and parts.residual is not None
+    beside = (parts.transform, parts.output_transform, parts.magnitude)
+    low_rank_is_all = parts.residual is not None and all(part is None for part in beside)
     w0 = None if weight is None else weight()
     kernel = _kernel_of(path, parts, w0)
     with torch.no_grad():
@@ -94,7 +95,7 @@ def _pair(
             left = left * strength
         else:
             if w0 is None:
-                raise UsageError(f"{path}: its transform or magnitude depends on the weight; give --base")
+                raise UsageError(f"{path}: what its transforms or its magnitude do depends on the weight; give --base")
             left, right = _change(parts.on(tuple(w0.shape)), w0, strength)
         norm = float(_norm(left, right))
         exact = left.shape[1]

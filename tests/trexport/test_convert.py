@@ -100,6 +100,17 @@ def test_without_a_transform_it_is_exact(residual: str, to: str, base: Base, tmp
     assert_same(merged(base, out), expected)  # and by ours
 
 
+@pytest.mark.parametrize("output", ["diagonal", "block_orthogonal", "householder", "low_rank"])
+def test_a_residual_beside_an_output_transform_is_not_all(output: str, base: Base, tmp_path: Path) -> None:
+    parts = {"residual": {"type": "low_rank", "rank": 2}, "output_transform": {"type": output}}
+    source = written(base, tmp_path / "in", LAYERS, parts)
+    with pytest.raises(UsageError, match="give --base"):
+        convert(str(source), tmp_path / "none.safetensors", "kohya")
+    done = convert(str(source), tmp_path / "out.safetensors", "kohya", base=base, rank=64)
+    assert not done.exact
+    assert_same(merged(base, tmp_path / "out.safetensors"), merged(base, source))
+
+
 def test_a_tensor_ring_has_the_square_of_its_rank(base: Base, tmp_path: Path) -> None:
     source = written(base, tmp_path / "in", LAYERS, {"residual": {"type": "tensor_ring", "rank": 3}})
     done = convert(str(source), tmp_path / "out.safetensors", "kohya")  # linear layers by their names: no base needed

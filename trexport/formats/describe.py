@@ -35,7 +35,8 @@ def method_of(adapter: Adapter) -> str:
     transform, residual, magnitude = spec["transform"], spec["residual"], spec.get("magnitude", {"type": "none"})
     types: tuple[str, ...] = (transform["type"], residual["type"], magnitude["type"])
     if "output_transform" in spec:
-        types = (spec["output_transform"]["type"], "of outputs")
+        inside = [kind for kind in types[:2] if kind not in ("identity", "none")]
+        types = (*inside, spec["output_transform"]["type"], "of outputs")
     pattern = _METHODS.get(types, " + ".join(kind for kind in types if kind not in ("identity", "none")))
     turn = spec.get("output_transform", {})
     return pattern.format(

@@ -139,9 +139,16 @@ def _beside(
 
 def as_text_names(named: Mapping[str, _T], known: Iterable[str]) -> dict[str, _T]:
     """Something by the names of a text encoder's modules or parameters, by those that the encoder has: transformers has
-    CLIP's modules below `text_model` up to version 4, and some of them no more from 5 on."""
+    CLIP's modules below `text_model` up to version 4, and some of them no more from 5 on.
+
+    Raises:
+        CheckpointError: a module is there by both names.
+    """
     below = any(name.startswith(_TEXT_MODEL) for name in known)
     bare = {name.removeprefix(_TEXT_MODEL): value for name, value in named.items()}
+    for name in named:
+        if name.startswith(_TEXT_MODEL) and name.removeprefix(_TEXT_MODEL) in named:
+            raise CheckpointError(f"{name} and {name.removeprefix(_TEXT_MODEL)} are one module; expected one of them")
     outside = "text_projection"  # which is below in no version
     return {
         f"{_TEXT_MODEL}{name}" if below and not name.startswith(outside) else name: value

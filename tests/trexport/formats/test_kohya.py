@@ -93,6 +93,10 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.update({name: tensor})
 
 
+def twice(*names: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.update({f"{name}.b_norm": torch.ones(4) for name in names})
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -106,6 +110,10 @@ def put(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], Any]:
         (put(f"{QUERY}.lora_up.weight", torch.full((16, 2), torch.nan)), "finite"),
         (put(f"{QUERY}.lora_up.weight", torch.ones(16, 2).to(torch.float8_e4m3fn)), "float8"),
         (put(f"{QUERY}.dora_scale", torch.ones(1, 16)), "norms of the inputs"),
+        (put(f"{QUERY.replace('lora_unet_', 'lycoris_')}.alpha", torch.tensor(1.0)), "are one module"),
+        (twice("lora_te_encoder_layers_0_norm", "lora_te1_encoder_layers_0_norm"), "are one module"),
+        (twice("lora_unet_input_blocks_4_1_norm", "lora_unet_down_blocks_1_attentions_0_norm"), "are both down_blocks"),
+        (put("oft_unet_mid_block_attentions_0_proj_in.alpha", torch.tensor(0.0)), "turns nothing"),
         (put(f"{QUERY}.lora_mid.weight", torch.ones(3, 3, 3, 3)), "expected \\(r, r, height, width\\)"),
     ],
 )

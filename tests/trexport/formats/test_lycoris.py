@@ -109,17 +109,29 @@ def test_a_butterfly_of_three_factors(made: nn.Module, tmp_path: Path) -> None:
     check(ButterflyOFTModule, module, made, tmp_path)
 
 
-def test_dylora_is_a_lora_of_all_its_ranks(tmp_path: Path) -> None:
-    """Its own forward draws ranks by lot; its file has the keys of a LoRA, and nothing else tells it from one."""
-    made = nn.Linear(20, 12)
+@pytest.mark.parametrize("made", [nn.Linear(20, 12), nn.Conv2d(20, 12, 3)], ids=["linear", "conv 3x3"])
+def test_dylora_is_a_lora_of_all_its_ranks(made: nn.Module, tmp_path: Path) -> None:
+    """Its own forward draws ranks by lot, `block_size` times as strong; its file has the keys of a LoRA, nothing else tells
+    it from one, and LyCORIS itself reads it as one."""
     module = trained(DyLoraModule, {"lora_dim": 4, "block_size": 2, "alpha": 3}, made)
     safetensors.torch.save_file(state_of(module), tmp_path / "file.safetensors")
     adapter = read_adapter(tmp_path / "file.safetensors")
     assert method_of(adapter) == "LoRA(4)"
-    up, down = torch.cat(list(module.up_list), 1), torch.cat(list(module.down_list))
+    up, down = torch.cat(list(module.up_list), 1), torch.cat(list(module.down_list)).flatten(1)
     residual = adapter.layers[PATH].residual
     assert residual is not None
     torch.testing.assert_close(residual.delta(), up @ down * 3 / 4)
+
+
+def test_kohyas_own_oft_has_the_keys_of_lycoris_under_another_prefix(tmp_path: Path) -> None:
+    module = trained(DiagOFTModule, {"lora_dim": 4, "constraint": 0.01}, nn.Linear(20, 12))
+    found = []
+    for prefix in ("lora_unet_", "oft_unet_"):
+        file = tmp_path / f"{prefix}.safetensors"
+        safetensors.torch.save_file({k.replace("lora_unet_", prefix): v for k, v in state_of(module).items()}, file)
+        found.append(read_adapter(file).tensors())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 UNET_LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {

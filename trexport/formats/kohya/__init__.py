@@ -37,13 +37,16 @@ _REFUSED = {
 _MAY_BE_WHOLE = ("on_input", "alpha")
 """Leaves that are not always of floating-point numbers."""
 
-_UNET = ("lora_unet_", "lycoris_")
+_OFT = "oft_unet_"
+"""Of kohya's own OFT."""
+_UNET = ("lora_unet_", "lycoris_", _OFT)
 _TEXT = re.compile(r"lora_te(\d?)_")
 
 
 @final
 class KohyaFormat:
-    """Keys `lora_unet_<module>.<leaf>` with underscores for the dots of a path, `lora_te_…` for text encoders."""
+    """Keys `lora_unet_<module>.<leaf>` with underscores for the dots of a path (`oft_unet_…` for kohya's own OFT),
+    `lora_te_…` for text encoders."""
 
     name = "kohya and LyCORIS"
 
@@ -59,12 +62,17 @@ class KohyaFormat:
     def _read(self, content: Content) -> Adapter:
         models: dict[str, _ByName] = {}
         unknown: list[str] = []
+        full: dict[tuple[str, str], str] = {}
         for key, tensor in content.tensors.items():
-            name, _, leaf = key.partition(".")
-            model, name = _model_of(name)
+            whole, _, leaf = key.partition(".")
+            model, name = _model_of(whole)
             if model is None or not leaf:
                 unknown.append(key)
             else:
+                if full.setdefault((model, name), whole) != whole:
+                    raise CheckpointError(f"{whole} and {full[model, name]} are one module; expected one of them")
+                if whole.startswith(_OFT) and leaf == "alpha" and not tensor.any():
+                    raise CheckpointError(f"{key} is 0: kohya's OFT turns nothing then, the file changes nothing")
                 models.setdefault(model, {}).setdefault(name, {})[leaf] = tensor
                 if leaf not in _MAY_BE_WHOLE or tensor.dtype.is_floating_point:
                     check_tensor(key, tensor)
@@ -101,8 +109,11 @@ def _adapter(by_name: _ByName, source: str, metadata: Mapping[str, str], path_of
     offsets: dict[str, Tensor] = {}
     kinds: set[str] = set()
     problems: list[str] = []
+    names: dict[str, str] = {}
     for name, tensors in by_name.items():
         path = path_of(name)
+        if names.setdefault(path, name) != name:
+            raise CheckpointError(f"{name} and {names[path]} are both {path}; expected one of them")
         try:
             taken = take_offsets(path, tensors)
             offsets |= taken

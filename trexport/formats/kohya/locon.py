@@ -1,4 +1,4 @@
-"""LoRA, LoCon, DoRA, and DyLoRA, whose files hold a LoRA of all its ranks."""
+"""LoRA, LoCon, DoRA, and DyLoRA, whose files hold a LoRA of all its ranks; of a convolution its `lora_up` is a matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Locon:
 
     def layer(self, path: str, tensors: Mapping[str, Tensor]) -> LayerParts:
         down = take(path, tensors, "lora_down.weight", (2, 4))
-        up = take(path, tensors, "lora_up.weight", (down.ndim,))
+        up = take(path, tensors, "lora_up.weight", (2, down.ndim))
         if kernel_of(up).count(1) != up.ndim - 2:
             raise CheckpointError(f"{path}: lora_up.weight has shape {tuple(up.shape)}, expected (out, r, 1, 1)")
         down, kernel = with_mid(path, tensors, "lora_up.weight", "lora_down.weight", "lora_mid.weight")
