@@ -66,7 +66,7 @@ def _weights(model: str, adapter: Adapter, base: Base | None) -> dict[str, Calla
     if base is None:
         return {}
     named = replace(adapter, layers=as_text_names(adapter.layers, base.shapes())) if model else adapter
-    named.bind(base.weight_shapes())
+    replace(named, components={}).bind(base.weight_shapes())
     files = {entry.name: file for file in base.weights for entry in file.entries}
 
     def reader(name: str) -> Callable[[], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -106,7 +106,7 @@ def _described(name: str, path: Path, adapter: Adapter) -> Inspection:
         "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors().values()}),
         "base_model": config.base_model.to_dict(),
         "looks_like": looks_like(widths_of(adapter.layers)),
-        "components": {name: len(part.layers) for name, part in adapter.components.items()},
+        "components": {name: len(part.layers) + len(part.offsets) for name, part in adapter.components.items()},
         "carried": _carried(adapter),
         "sha256": sha256_of_folder(path) if path.is_dir() else sha256_of_file(path),
     }
@@ -122,6 +122,15 @@ def _described(name: str, path: Path, adapter: Adapter) -> Inspection:
 
 def _carried(adapter: Adapter) -> dict[str, str]:
     """Form → whether an adapter can be in it, and why not."""
+    if adapter.components:
+        beside = f"what is for {', '.join(sorted(adapter.components))}"
+        own = _carried(replace(adapter, components={}))
+        if not adapter.layers and not adapter.offsets:
+            own = dict.fromkeys(own, "no: all of it is for text encoders") | {"merged": "yes"}
+        merged = f"{own['merged']}, {beside} with a whole pipeline"
+        return {form: said if said.startswith("no") else f"{said}, without {beside}" for form, said in own.items()} | {
+            "merged": merged
+        }
     biases = sum(parts.magnitude is not None and parts.magnitude.scales_bias for parts in adapter.layers.values())
     if adapter.offsets:
         no = f"no: {len(adapter.offsets)} biases and weights of normalisations change"

@@ -45,7 +45,7 @@ class AdapterRecord:
     offsets: int = 0
     """Biases and weights of normalisations that it changes beside them."""
     components: Mapping[str, int] = field(default_factory=dict)
-    """Layers that it is merged into in other models of the pipeline, by the component's name."""
+    """Layers, biases and normalisations that it is merged into in other models of the pipeline, by the component's name."""
 
 
 @final

@@ -94,8 +94,14 @@ class Adapter:
 
         Raises:
             CheckpointError: a module or parameter that the base does not have, or one of another shape; offsets that nobody
-                adds.
+                adds; components, each of which is an adapter to be bound to its own model.
         """
+        if self.components:
+            names = ", ".join(sorted(self.components))
+            raise CheckpointError(
+                f"{self.source}: has parts for {names}, which are models of their own: bind each of adapter.components to "
+                "its model, and dataclasses.replace(adapter, components={}) to this one"
+            )
         if self.offsets and parameters is None:
             first = sorted(self.offsets)[0]
             raise CheckpointError(

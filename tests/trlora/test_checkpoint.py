@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -588,6 +589,15 @@ def test_a_refusal_of_many_layers_names_the_first_and_counts_the_rest(target: Pa
     save_adapter(trained_adapter(), target)
     with pytest.raises(CheckpointError, match=rf"{BLOCK}\.attn\d.*7 more of 8 layers"):
         load_adapter(target).bind({})
+
+
+def test_parts_for_other_models_are_not_passed_over(target: Path) -> None:
+    own = trained_adapter()
+    save_adapter(replace(own, layers={}, components={"text_encoder": own}), target)
+    loaded = load_adapter(target)
+    with pytest.raises(CheckpointError, match="has parts for text_encoder"):
+        loaded.bind(shapes_of(tiny_unet()))
+    assert len(loaded.components["text_encoder"].bind(shapes_of(tiny_unet()))) == len(own.layers)
 
 
 def test_a_layer_of_another_width_is_refused(target: Path) -> None:

@@ -54,7 +54,7 @@ def command(
     from trexport.cli.console import gigabytes, print_json, progress_for
     from trexport.cli.show import show_merge
     from trexport.merging import PipelineMerge, merge, merge_pipeline, plan_merge, plan_pipeline_merge
-    from trexport.models.adapters import open_adapters
+    from trexport.models.adapters import on_component, open_adapters
     from trexport.models.base import open_base
     from trexport.models.model import offsets_of
     from trexport.models.pipeline import open_pipeline, text_encoders_of
@@ -76,12 +76,15 @@ def command(
                 f"{planned.adapted} adapted"
             )
         return
-    offsets, progress = list(offsets_of(bound)), progress_for(as_json)
+    progress = progress_for(as_json)
     if pipeline is None:
         unet = merge(opened, bound, out, dtype=dtype, overwrite=overwrite, progress=progress)
         done = PipelineMerge(unet, {}, {})
     else:
         done = merge_pipeline(opened, pipeline, bound, out, dtype=dtype, overwrite=overwrite, progress=progress)
+    offsets = list(offsets_of(bound))
+    for name in done.text_encoders:
+        offsets += [f"{name}/{parameter}" for parameter in offsets_of(on_component(bound, name))]
     if as_json:
         encoders = {name: [vars(layer) for layer in report.layers] for name, report in done.text_encoders.items()}
         fields = {

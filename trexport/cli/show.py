@@ -86,7 +86,7 @@ def show_plan(factored: Factored) -> None:
 def show_merge(done: PipelineMerge, offsets: Sequence[str]) -> None:
     """What `trexport merge` did: the layers that changed most, of the UNet and of every text encoder."""
     for name, report in {"": done.unet, **done.text_encoders}.items():
-        if name or report.layers:
+        if report.layers:
             most = sorted(report.layers, key=lambda layer: -layer.relative_change)[:8]
             rows = [(layer.path, f"{layer.relative_change:.3e}", f"{layer.seconds * 1e3:.1f}") for layer in most]
             where = f" of {name}" if name else ""

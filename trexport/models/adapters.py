@@ -61,11 +61,16 @@ class BoundAdapter:
     @property
     def on_base(self) -> bool:
         """Whether anything of it is on the base itself, and not on text encoders only."""
-        return bool(self.layers or self.adapter.offsets)
+        return self.places > 0
+
+    @property
+    def places(self) -> int:
+        """How many layers, biases and normalisations it changes, its components aside."""
+        return len(self.layers) + len(self.adapter.offsets)
 
     def record(self) -> AdapterRecord:
         layers, offsets = len(self.layers), len(self.adapter.offsets)
-        components = {name: len(bound.layers) for name, bound in self.components.items()}
+        components = {name: bound.places for name, bound in self.components.items()}
         return AdapterRecord(
             self.name, self.strength, self.sha256, layers, self.adapter.parameters, offsets, components
         )
@@ -159,7 +164,7 @@ def as_text_names(named: Mapping[str, _T], known: Iterable[str]) -> dict[str, _T
 def _bind(adapter: Adapter, base: Layers) -> Mapping[str, LayerAdapter]:
     shapes = base.weight_shapes()
     try:
-        return adapter.bind(shapes, base.addable())
+        return replace(adapter, components={}).bind(shapes, base.addable())  # those are bound beside it
     except CheckpointError as error:
         wanted = looks_like(widths_of(adapter.layers))
         found = looks_like({path: math.prod(shape[1:]) for path, shape in shapes.items()})

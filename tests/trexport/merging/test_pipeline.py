@@ -226,13 +226,28 @@ def text_encoders(folder: Path) -> dict[str, Base]:
     return opened(folder).text_encoders
 
 
-def test_a_normalisation_of_a_text_encoder_changes(pipelines: Path, tmp_path: Path) -> None:
+def test_a_normalisation_of_a_text_encoder_changes(
+    pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """LyCORIS' `norm`: in the file, and in the reference beside which other adapters stay apart."""
     name = "lora_te_text_model_encoder_layers_0_layer_norm1"
     change = {f"{name}.w_norm": torch.linspace(-1, 1, 32), f"{name}.b_norm": torch.linspace(0, 1, 32)}
     safetensors.torch.save_file(change, tmp_path / "a.safetensors")
     argument = f"{tmp_path / 'a.safetensors'}=0.5"
+    assert run_cli(["merge", pipelines / "sd", argument, "-o", tmp_path / "json", "--json"]) == 0
+    names = json.loads(capsys.readouterr().out)["offsets"]
+    assert [name.rpartition("layers.")[2] for name in names] == ["0.layer_norm1.weight", "0.layer_norm1.bias"]
+    assert all(name.startswith("text_encoder/") for name in names)
+    assert open_artifact(tmp_path / "json").manifest.adapters[0].components == {"text_encoder": 2}
+    assert run_cli(["inspect", tmp_path / "a.safetensors", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["components"] == {"text_encoder": 2}
+    assert told["carried"]["factored"].startswith("no: all of it is for text encoders")
+    assert "with a whole pipeline" in told["carried"]["merged"]
     assert run_cli(["merge", pipelines / "sd", argument, "-o", tmp_path / "out"]) == 0
+    said = capsys.readouterr().out
+    assert "2 biases and weights of normalisations changed, text_encoder/" in said
+    assert "0 layers" not in said
     plain, found = load(pipelines / "sd", "sd").text_encoder, load(tmp_path / "out", "sd").text_encoder
     expected = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
     for leaf, key in (("weight", "w_norm"), ("bias", "b_norm")):
