@@ -13,10 +13,11 @@ import torch
 from trexport.as_lora import LayerConversion, full_path, pairs_of
 from trexport.errors import TrexportError, UsageError
 from trexport.formats import left_out, read_adapter
+from trexport.formats.content import is_adapter_file
 from trexport.formats.writers import WRITERS, Pair
 from trexport.models.adapters import adapter_path, split_strength
 from trexport.models.base import Base
-from trexport.restoring import is_adapter_file, restored_adapter
+from trexport.restoring import restored_adapter
 from trlora import save_adapter
 
 TRLORA = "trlora"

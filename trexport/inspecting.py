@@ -15,6 +15,7 @@ from trexport.artifact import Artifact, open_artifact
 from trexport.backends import engine_backend_of
 from trexport.errors import TrexportError
 from trexport.formats import is_adapter, looks_like, method_of, ranks_of, read_adapter, widths_of
+from trexport.formats.content import is_adapter_file
 from trexport.graph.check import load_graph, spec_of_graph
 from trexport.hashing import sha256_of_file, sha256_of_folder
 from trexport.manifest import MANIFEST_NAME
@@ -22,7 +23,7 @@ from trexport.models.adapters import adapter_path
 from trexport.models.architectures import FOLDERS, class_of
 from trexport.models.base import open_base
 from trexport.progress import SILENT, Progress
-from trexport.restoring import is_adapter_file, restored_adapter
+from trexport.restoring import restored_adapter
 from trlora import Adapter
 from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 

@@ -19,7 +19,6 @@ from trlora import Adapter, AdapterSpec, CheckpointError, LayerParts
 from trlora.spec import PARTS
 
 FORMAT = "adapter file of ONNX Runtime"
-_IDENTIFIER = b"TORT"
 _SLOT = re.compile(r"adapter_\d+\.")
 _OPS: dict[str, Mapping[str, type[MemberOp]]] = {
     "transform": TRANSFORM_OPS,
@@ -29,14 +28,6 @@ _OPS: dict[str, Mapping[str, type[MemberOp]]] = {
 }
 _ByLayer = dict[str, dict[str, dict[str, Tensor]]]
 """Tensors by layer, part and name."""
-
-
-def is_adapter_file(path: Path) -> bool:
-    """Whether a file is in ONNX Runtime's adapter format, by its identifier."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(8)[4:] == _IDENTIFIER
 
 
 def restored_adapter(path: Path) -> Adapter:

@@ -108,6 +108,8 @@ def test_a_written_file_is_converted(
     for path, layer in first.layers.items():
         one, other = (adapted_weight(weights[f"{path}.weight"], [(x, 1.0)]) for x in (layer, second.layers[path]))
         torch.testing.assert_close(other, one, rtol=0, atol=1e-6)
+    assert run_cli(["merge", "random:tiny", file, "-o", tmp_path / "merged"]) == 1
+    assert "trexport convert" in capsys.readouterr().err
     # and as a LoRA of others, multiplied by its strength
     (lora,) = open_adapters(["random:lora:3=0.5"], base)
     slot = Slot("", {path: LayerSlot.of(layer) for path, layer in lora.layers.items()})

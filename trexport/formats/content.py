@@ -15,6 +15,8 @@ from trlora.checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_tensor, read_safe
 
 SHOWN = 10
 """Keys that a message lists; all are counted."""
+_ONNX_ADAPTER = b"TORT"
+"""The identifier of ONNX Runtime's adapter files, after their first four bytes."""
 
 
 @final
@@ -36,6 +38,14 @@ class Content:
             check_tensor(key, tensor)
 
 
+def is_adapter_file(path: Path) -> bool:
+    """Whether a file is in ONNX Runtime's adapter format, by its identifier."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(8)[4:] == _ONNX_ADAPTER
+
+
 def read_content(path: Path) -> Content:
     """Read a folder with `adapter_model.safetensors`, or with a single safetensors file, or such a file, of any name.
 
@@ -48,6 +58,11 @@ def read_content(path: Path) -> Content:
         weights = alone[0] if len(alone) == 1 else weights
     if not weights.is_file():
         raise CheckpointError(f"{path}: no {WEIGHTS_NAME} inside, expected one beside {CONFIG_NAME}{_instead(path)}")
+    if is_adapter_file(weights):
+        raise CheckpointError(
+            f"{path}: an adapter file of ONNX Runtime, made for one exported model; `trexport convert` makes an adapter of it "
+            "(--to trlora)"
+        )
     tensors, metadata = read_safetensors(weights)
     return Content(path, tensors, metadata, _read_config(weights.with_name(CONFIG_NAME), path))
 
