@@ -60,8 +60,8 @@ def read_content(path: Path) -> Content:
         raise CheckpointError(f"{path}: no {WEIGHTS_NAME} inside, expected one beside {CONFIG_NAME}{_instead(path)}")
     if is_adapter_file(weights):
         raise CheckpointError(
-            f"{path}: an adapter file of ONNX Runtime, made for one exported model; `trexport convert` makes an adapter of it "
-            "(--to trlora)"
+            f"{path}: an adapter file of ONNX Runtime, made for one exported model; `trexport convert` makes an adapter of "
+            "it (--to trlora)"
         )
     tensors, metadata = read_safetensors(weights)
     return Content(path, tensors, metadata, _read_config(weights.with_name(CONFIG_NAME), path))
