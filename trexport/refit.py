@@ -74,7 +74,8 @@ def refit_engine(
         dry_run: check everything, refit nothing, return None.
 
     Raises:
-        UsageError: an engine that was not built for it.
+        UsageError: an engine that was not built for it, or one of a whole pipeline whose text encoders hold other adapters
+            than the new ones.
         ArtifactError: a base or an ONNX artifact that the engine was not built from.
         MissingError: no GPU here that the engine is for.
         ExportError: the engine refuses a weight.
@@ -100,6 +101,8 @@ def refit_engine(
         artifact.manifest.dtype,
     ):
         raise ArtifactError(f"{onnx.folder}: not the artifact that {artifact.folder} was built from")
+    if "REFIT" in flags:
+        _check_components(artifact, adapters)
     check_free(out, overwrite=overwrite)
     # an engine that takes the same weights only has its adapters in the ONNX model's
     weights = refit_weights(base, record.layers, adapters, artifact.manifest.dtype) if "REFIT" in flags else {}
@@ -126,3 +129,18 @@ def refit_engine(
         )
         manifest.write(folder)
     return manifest
+
+
+def _check_components(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> None:
+    """Raises `UsageError` unless the pipeline's other models, which are taken over as they are, hold the new adapters."""
+    for name, record in artifact.manifest.components.items():
+        held = {(adapter.sha256, adapter.strength): adapter.name for adapter in record.adapters}
+        # also of those that were opened without the pipeline, and so are not bound to it
+        parts = [adapter for adapter in adapters if name in adapter.adapter.components]
+        asked = {(adapter.sha256, adapter.strength): adapter.name for adapter in parts}
+        if held.keys() != asked.keys():
+            told = [", ".join(f"{n}={s:g}" for (_, s), n in found.items()) or "no adapter" for found in (held, asked)]
+            raise UsageError(
+                f"{artifact.folder}: its {name} has {told[0]} merged into it, asked for is {told[1]}, and a refit leaves it "
+                "as it is; export and build again, or export with --unet-only and refit that"
+            )

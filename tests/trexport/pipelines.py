@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import onnxruntime
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -36,6 +40,23 @@ def edit_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 
 def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes), encoding="utf-8")
+
+
+def fake_hub(hub: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """A folder as the Hub's, whatever the id; what is fetched lies in `cache/0123abcd`. The revisions that are asked for."""
+    asked: list[str | None] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        for file in hub.rglob("*"):
+            inside = file.relative_to(hub).as_posix()
+            if file.is_file() and any(fnmatch(inside, pattern) for pattern in allow_patterns):
+                (cache / "0123abcd" / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / "0123abcd" / inside)
+        return str(cache / "0123abcd")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
 
 
 def run_session(path: Path, value: Tensor) -> dict[str, Tensor]:

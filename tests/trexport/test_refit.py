@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from onnx import numpy_helper
 from torch import Tensor
 
 from tests.helpers import bits
-from tests.trexport.helpers import leftovers, run_cli, weights_of
+from tests.trexport.helpers import copy_of, leftovers, run_cli, weights_of
+from tests.trexport.pipelines import opened
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import EngineOptions, engine_backend_of
 from trexport.backends.trt.refit import check_names
 from trexport.engine import build_engine, default_profile
 from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
-from trexport.manifest import Manifest
-from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.manifest import BaseRecord, ComponentRecord, Manifest
+from trexport.models.adapters import BoundAdapter, on_component, open_adapters
 from trexport.models.base import Base, open_base
+from trexport.models.component import component_spec
 from trexport.models.model import DTYPES
 from trexport.refit import refit_engine, refit_weights
 
@@ -132,6 +136,71 @@ def test_engines_that_were_not_built_for_it(refittable: Artifact, half_artifact:
     with pytest.raises(ArtifactError, match="built from"):
         refit_engine(stripped, base, [], out, other)
     assert leftovers(tmp_path) == []
+
+
+UNET, TEXT = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def of_pipeline(
+    engine: Artifact, pipelines: Path, folder: Path, adapters: Sequence[str] = (), *, whole: bool = True
+) -> Artifact:
+    """The engine as one of a whole pipeline, its text encoder with adapters in it; or of that pipeline's UNet alone."""
+    base = open_base(str(pipelines / "sd"))
+    found = opened(pipelines / "sd").components["text_encoder"]
+    bound = open_adapters(adapters, base, lambda: {"text_encoder": found.source})
+    records = tuple(part.record() for part in on_component(bound, "text_encoder"))
+    component = ComponentRecord(found.class_name, "fp32", None, None, 18, component_spec(found, "fp32"), "", records)
+    assert engine.manifest.engine is not None
+    manifest = replace(
+        engine.manifest,
+        engine={**engine.manifest.engine, "layers": {}},  # this test's are of another UNet
+        base=BaseRecord(base.name, base.content_hash()),
+        adapters=tuple(adapter.record() for adapter in bound),
+        components={"text_encoder": component} if whole else {},
+    )
+    copy_of(engine.folder, folder)
+    manifest.write(folder)
+    return open_artifact(folder)
+
+
+def both(file: Path, factor: float = 1.0) -> Path:
+    """A LoRA on a layer of the tiny UNet, and on one of its text encoder."""
+    tensors = {f"unet.{UNET}.lora_A.weight": torch.ones(2, 64), f"unet.{UNET}.lora_B.weight": torch.ones(64, 2)}
+    tensors |= {f"text_encoder.{TEXT}.lora_A.weight": factor * torch.ones(2, 32)}
+    tensors |= {f"text_encoder.{TEXT}.lora_B.weight": torch.ones(32, 2)}
+    safetensors.torch.save_file(tensors, file)
+    return file
+
+
+def test_text_encoders_are_not_refitted(
+    refittable: Artifact, pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They lie beside the engine as they are: with what was merged into them, and nothing else."""
+    old, new = both(tmp_path / "old.safetensors"), both(tmp_path / "new.safetensors", 2.0)
+    engine = of_pipeline(refittable, pipelines, tmp_path / "engine", [str(old)])
+    for adapters in ([], [f"{old}=0.5"], [new], [old, new], ["random:lora:2"]):
+        assert run_cli(["refit", engine.folder, *adapters, "-o", tmp_path / "out", "--dry-run"]) == 2, adapters
+        error = capsys.readouterr().err
+        assert f"its text_encoder has {old}=1 merged into it" in error
+        assert "--unet-only" in error
+    # the same adapter again, for instance into an engine without its weights
+    assert run_cli(["refit", engine.folder, old, "-o", tmp_path / "out", "--dry-run"]) == 0
+    plain = of_pipeline(refittable, pipelines, tmp_path / "plain")
+    assert run_cli(["refit", plain.folder, new, "-o", tmp_path / "out", "--dry-run"]) == 2
+    assert "its text_encoder has no adapter merged into it, asked for is" in capsys.readouterr().err
+    unet = pipelines / "sd" / "unet"  # where nothing is known of text encoders
+    assert run_cli(["refit", plain.folder, new, "-o", tmp_path / "out", "--base", unet, "--dry-run"]) == 2
+    assert run_cli(["refit", plain.folder, "random:lora:2", "-o", tmp_path / "out", "--dry-run"]) == 0
+    capsys.readouterr()
+
+
+def test_of_an_engine_of_a_unet_alone_the_unet_is_refitted(
+    refittable: Artifact, pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = of_pipeline(refittable, pipelines, tmp_path / "engine", whole=False)
+    new = both(tmp_path / "new.safetensors")
+    assert run_cli(["refit", engine.folder, new, "-o", tmp_path / "out", "--dry-run"]) == 0
+    assert "1 layers of text_encoder are left out" in capsys.readouterr().err
 
 
 def test_command_line(refittable: Artifact, onnx_artifact: Artifact, adapter_folder: Path, tmp_path: Path) -> None:

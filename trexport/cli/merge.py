@@ -71,10 +71,9 @@ def command(
         if as_json:
             print_json(vars(planned) | {"out": str(out), "dry_run": True})
         else:
-            click.echo(
-                f"would write {gigabytes(planned.size_bytes)} to {out}: {planned.tensors} tensors, "
-                f"{planned.adapted} adapted"
-            )
+            adapted = ", ".join(f"{count} of {name}" for name, count in planned.adapted.items())
+            size = gigabytes(planned.size_bytes)
+            click.echo(f"would write {size} to {out}: {planned.tensors} tensors; adapted: {adapted}")
         return
     progress = progress_for(as_json)
     if pipeline is None:

@@ -32,12 +32,14 @@ def command(
     """Put other adapters into the weights of a TensorRT engine that was built with --refit; none makes it the base.
 
     Weights are computed from the pristine base, for every layer that the old or the new adapters are on: nothing of what was
-    in the engine is left. Engines of factored and swappable artifacts need no refit: their adapters are inputs.
+    in the engine is left. Text encoders beside it are not refitted: adapters that are in them, or have parts for them, are
+    refused, unless they stay the same. Engines of factored and swappable artifacts need no refit: their adapters are inputs.
     """
     from trexport.artifact import open_artifact
     from trexport.cli.console import print_json, progress_for
     from trexport.models.adapters import open_adapters
     from trexport.models.base import open_base
+    from trexport.models.pipeline import text_encoders_of
     from trexport.refit import refit_engine
 
     progress = progress_for(as_json)
@@ -46,7 +48,7 @@ def command(
     manifest = refit_engine(
         opened,
         source,
-        open_adapters(adapters, source),
+        open_adapters(adapters, source, lambda: text_encoders_of(source) if opened.manifest.components else None),
         out,
         open_artifact(onnx, progress=progress) if onnx is not None else None,
         overwrite=overwrite,

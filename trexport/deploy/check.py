@@ -102,7 +102,7 @@ def check_server(
         record = parameter(config, "trexport")
         if record is None:
             raise ArtifactError(f"{url}: {model} was not laid out by trexport, expected a parameter 'trexport'")
-        base, bound = _sources(url, record, artifact)
+        base, bound = served_sources(url, record, artifact)
         named = _named(record, adapters, base)
         merged = record["form"] in ("base", "merged")
         reference = Reference(base, [*bound, *named.values()] if not merged else bound, "cpu", progress=progress)
@@ -126,8 +126,16 @@ def check_server(
     return ServerReport(url, model, checks)
 
 
-def _sources(url: str, record: Mapping[str, Any], artifact: Artifact | None) -> tuple[Base, list[BoundAdapter]]:
-    """What the server should draw with, the base proved by its hash."""
+def served_sources(url: str, record: Mapping[str, Any], artifact: Artifact | None) -> tuple[Base, list[BoundAdapter]]:
+    """What the server should draw with: the base, proved by its hash, and the adapters that are merged into what it serves.
+
+    Args:
+        record: what the server says that it serves.
+        artifact: what it should be serving; None to look for base and adapters under the names that they had.
+
+    Raises:
+        ArtifactError: it serves another artifact, or base or adapters have changed since.
+    """
     if artifact is not None:
         manifest = artifact.manifest
         served = [(entry["strength"], entry["sha256"]) for entry in record["adapters"]]
@@ -148,7 +156,9 @@ def _sources(url: str, record: Mapping[str, Any], artifact: Artifact | None) -> 
     if record["form"] not in ("base", "merged"):
         return base, []
     arguments = [f"{entry['name']}={entry['strength']!r}" for entry in record["adapters"]]
-    bound = open_adapters(arguments, base, lambda: text_encoders_of(base))
+    # a UNet that was exported alone is checked alone, whatever its adapters have for text encoders
+    in_encoders = any(entry.get("components") for entry in record["adapters"])
+    bound = open_adapters(arguments, base, lambda: text_encoders_of(base) if in_encoders else None)
     for adapter, entry in zip(bound, record["adapters"], strict=True):
         if adapter.sha256 != entry["sha256"]:
             raise ArtifactError(f"{adapter.name}: not the adapter that {url} serves (its hash differs)")

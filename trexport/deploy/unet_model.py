@@ -117,7 +117,12 @@ def _record(artifact: Artifact) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "base": vars(manifest.base),
         "adapters": [
-            {"name": adapter.name, "strength": adapter.strength, "sha256": adapter.sha256}
+            {
+                "name": adapter.name,
+                "strength": adapter.strength,
+                "sha256": adapter.sha256,
+                "components": dict(adapter.components),
+            }
             for adapter in manifest.adapters
         ],
         "sizes": usual_sizes(artifact),

@@ -28,7 +28,8 @@ class MergePlan:
 
     out: Path
     tensors: int
-    adapted: int
+    adapted: Mapping[str, int]
+    """The model, by its folder's name in a pipeline → layers that adapters are on."""
     size_bytes: int
 
 
@@ -42,7 +43,8 @@ def plan_merge(
     entries = [entry for file in base.weights for entry in target_entries(file, dtype)]
     size_bytes = sum(entry.size_bytes for entry in entries)
     check_disk(out, size_bytes)
-    return MergePlan(out, len(entries), len({**layers_of(adapters), **offsets_of(adapters)}), size_bytes)
+    adapted = {base.architecture.folder: len({**layers_of(adapters), **offsets_of(adapters)})}
+    return MergePlan(out, len(entries), adapted, size_bytes)
 
 
 def merge(

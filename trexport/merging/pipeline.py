@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from trexport.hashing import sha256_of_file
 from trexport.io_spec import Dtype
 from trexport.manifest import EncoderRecord
 from trexport.merging.model import merged_manifest, plan_merge, write_model
-from trexport.merging.weights import write_json, write_weights
+from trexport.merging.parts import Part, parts_of, read_index
+from trexport.merging.weights import target_entries, write_json, write_weights
 from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.base import Base
 from trexport.models.model import layers_of
@@ -23,9 +23,6 @@ from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES
 from trexport.progress import SILENT, Progress
 from trlora import MergeReport
 from trlora.files import atomic_folder
-
-_TAKEN = (".json", ".txt", ".safetensors", ".model")
-"""Endings of files that a component is made of; pickles are none."""
 
 
 @final
@@ -63,16 +60,30 @@ def plan_pipeline_merge(
     overwrite: bool = False,
 ) -> PipelinePlan:
     """What `merge_pipeline` would do, nothing written. Raises what it would raise before it writes."""
+    return _planned(base, pipeline, adapters, out, dtype, overwrite=overwrite)[0]
+
+
+def _planned(
+    base: Base,
+    pipeline: Pipeline,
+    adapters: Sequence[BoundAdapter],
+    out: Path,
+    dtype: Dtype | None,
+    *,
+    overwrite: bool,
+) -> tuple[PipelinePlan, Mapping[str, Part]]:
     unet = plan_merge(base, adapters, out, dtype, overwrite=overwrite)
+    parts, left_out = parts_of(base, pipeline)
     encoders = pipeline.text_encoders
-    copied = [file for name in _parts(base, pipeline)[0] if name not in encoders for file in _files(pipeline, name)]
-    size = unet.size_bytes + sum(file.stat().st_size for file in copied)
-    size += sum(source.size_bytes for source in encoders.values())
+    entries = [
+        entry for source in encoders.values() for file in source.weights for entry in target_entries(file, dtype)
+    ]
+    size = unet.size_bytes + sum(entry.size_bytes for entry in entries)
+    size += sum(part.files_bytes if name in encoders else part.size_bytes for name, part in parts.items())
     check_disk(out, size)
     adapted = {name: len(layers_of(on_component(adapters, name))) for name in encoders}
-    tensors = unet.tensors + sum(len(source.shapes()) for source in encoders.values())
-    adapted = {base.architecture.folder: unet.adapted, **{name: count for name, count in adapted.items() if count}}
-    return PipelinePlan(out, tensors, adapted, size, _parts(base, pipeline)[1])
+    adapted = {**unet.adapted, **{name: count for name, count in adapted.items() if count}}
+    return PipelinePlan(out, unet.tensors + len(entries), adapted, size, left_out), parts
 
 
 def merge_pipeline(
@@ -96,23 +107,20 @@ def merge_pipeline(
     Raises:
         FileExistsError, UsageError, TrexportError, OSError: as `merge`.
     """
-    plan = plan_pipeline_merge(base, pipeline, adapters, out, dtype, overwrite=overwrite)
+    plan, parts = _planned(base, pipeline, adapters, out, dtype, overwrite=overwrite)
     reports: dict[str, MergeReport] = {}
     encoders: dict[str, EncoderRecord] = {}
     with atomic_folder(out, overwrite=overwrite) as folder:
         inner = base.architecture.folder
         (folder / inner).mkdir()
         unet = write_model(base, adapters, folder / inner, dtype, progress=progress)
-        for name in _parts(base, pipeline)[0]:
-            source = pipeline.text_encoders.get(name)
+        for name, part in parts.items():
             (folder / name).mkdir()
-            own = {file.name for file in source.weights} if source is not None else set()
-            for file in _files(pipeline, name):
-                if source is None or (file.name not in own and not file.name.endswith(".index.json")):
-                    plain = base.plain_name(file.name) if file.suffix == ".safetensors" else file.name
-                    shutil.copyfile(file, folder / name / plain)
+            source = pipeline.text_encoders.get(name)
             if source is None:
+                part.copy(folder / name)
                 continue
+            part.copy_files(folder / name)
             on_it = on_component(adapters, name)
             written = write_weights(source, on_it, folder / name, dtype, progress=progress)
             if dtype is not None:
@@ -135,32 +143,8 @@ def merge_pipeline(
     return PipelineMerge(unet.report, reports, plan.left_out)
 
 
-def _parts(base: Base, pipeline: Pipeline) -> tuple[list[str], dict[str, str]]:
-    """The components of a pipeline beside what denoises that are in its folder, and name → class of those that are not."""
-    index = json.loads((pipeline.folder / INDEX_FILE).read_bytes())
-    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
-    parts.pop(base.architecture.folder, None)
-    there = [name for name in parts if _is_there(pipeline.folder / name)]
-    return there, {name: kind for name, kind in parts.items() if name not in there}
-
-
-def _is_there(folder: Path) -> bool:
-    """Whether a component can be taken over: one whose weights are pickles cannot."""
-    suffixes = {path.suffix for path in folder.glob("*")}
-    return bool(suffixes & set(_TAKEN)) and (".safetensors" in suffixes or not suffixes & {".bin", ".pt", ".ckpt"})
-
-
-def _files(pipeline: Pipeline, name: str) -> list[Path]:
-    """The files of a component; of weights in several variants those that were opened."""
-    found = [path for path in sorted((pipeline.folder / name).glob("*")) if path.suffix in _TAKEN and path.is_file()]
-    sources = [part.source for part in pipeline.components.values()]
-    opened = {file.name for source in sources if source.folder == pipeline.folder / name for file in source.weights}
-    return [path for path in found if not opened or path.suffix != ".safetensors" or path.name in opened]
-
-
 def _write_index(pipeline: Pipeline, folder: Path, left_out: Mapping[str, str]) -> None:
-    index = json.loads((pipeline.folder / INDEX_FILE).read_bytes())
-    index = {name: [None, None] if name in left_out else value for name, value in index.items()}
+    index = {name: [None, None] if name in left_out else value for name, value in read_index(pipeline).items()}
     if "safety_checker" in left_out and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index.pop("_name_or_path", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,8 @@ from trlora import LayerAdapter, LayerMerge, MergeReport, adapted_bias, merge_la
 _AHEAD = 32
 """Tensors computed or hashed ahead of the writing: bounds the memory (by some 200 MB in Stable Diffusion 1.5), and keeps
 every core busy where small tensors follow large ones."""
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
 @final
@@ -94,11 +97,18 @@ def write_weights(
                     else:
                         writer.copy(place, source.size_bytes)
                     task.advance(target.size_bytes)
-        if base.index is not None:
-            places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
-            index = f"{base.architecture.stem}.safetensors.index.json"
-            write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": places})
+        write_index(base, folder, total)
         return Written(MergeReport(tuple(records)), chosen, source_hashes.total(), result_hashes.total())
+
+
+def write_index(base: Base, folder: Path, size_bytes: int) -> None:
+    """Write the shard index of weights that lie in a folder under their plain names; nothing where they are in one file."""
+    if base.index is None:
+        return
+    places = {key: base.plain_name(name) for key, name in base.index["weight_map"].items()}
+    stem = _SHARD.sub("", next(iter(places.values())))
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": places}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def target_entries(file: WeightFile, dtype: Dtype | None) -> list[Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,8 @@ _VAE_CLASS = "AutoencoderKL"
 _TEXT_NAMES = ("text_encoder", "text_encoder_2")
 _COPIED = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 _COPIED_SUFFIXES = (".json", ".txt")
+TOLD_SUFFIXES = (*_COPIED_SUFFIXES, ".model")
+"""Endings of what a component is made of beside its weights."""
 # what both libraries take where a config does not say
 _TEXT_DEFAULTS = {
     "hidden_size": 512, "num_hidden_layers": 12, "projection_dim": 512, "vocab_size": 49408,
@@ -100,7 +102,7 @@ def open_pipeline(base: Base) -> Pipeline | None:
         name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]
     }
     known = {name: kind for name, kind in parts.items() if _is_known(name, kind)}
-    if not Path(base.name).exists() and looks_like_hub_id(base.name):
+    if _is_from_hub(base):
         folder = _fetch(base, folder.name, known)
     texts = [name for name in _TEXT_NAMES if name in known]
     if texts and find_spec("transformers") is None:
@@ -141,6 +143,10 @@ def _source(
         )
     text = _TEXT_DEFAULTS | {"architectures": [class_name]}
     config = (_VAE_DEFAULTS if stem == WEIGHTS_STEM else text) | _json(file)
+    return _opened(base, folder, config, stem, pickle_stem)
+
+
+def _opened(base: Base, folder: Path, config: Mapping[str, Any], stem: str, pickle_stem: str) -> Base:
     # as diffusers does: a component that lacks the variant is taken without it
     variant = base.variant if _has_variant(folder, stem, base.variant) else None
     weights, index = weight_files(folder, variant, stem, pickle_stem)
@@ -159,22 +165,53 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _fetch(base: Base, commit: str, known: Mapping[str, str]) -> Path:
+def fetch_listed(base: Base, pipeline: Pipeline, names: Iterable[str]) -> None:
+    """Fetch the components of a Hub id's pipeline that are missing in its folder; nothing where it is no Hub id's.
+
+    Args:
+        names: of all that are wanted, whether `open_pipeline` knows their classes or not.
+
+    Raises:
+        BaseError: they cannot be fetched.
+    """
+    if _is_from_hub(base):
+        _fetch(base, pipeline.folder.name, names)
+
+
+def weights_of_component(base: Base, folder: Path) -> Base | None:
+    """The weights of a component of any class in the base's variant, or without it where there is none; None of a component
+    that has none in safetensors.
+
+    Raises:
+        BaseError: weights that cannot be read, or of another variant only.
+    """
+    if not any(".safetensors" in path.name for path in folder.glob("*")):
+        return None
+    own = any(folder.glob(f"{WEIGHTS_STEM}*"))
+    stem, pickle_stem = (WEIGHTS_STEM, WEIGHTS_STEM) if own else (_TEXT_STEM, _TEXT_PICKLE_STEM)
+    return _opened(base, folder, {}, stem, pickle_stem)
+
+
+def _is_from_hub(base: Base) -> bool:
+    return not Path(base.name).exists() and looks_like_hub_id(base.name)
+
+
+def _fetch(base: Base, commit: str, names: Iterable[str]) -> Path:
     """The snapshot of a Hub id with its parts; of the commit that the UNet came from, which names the snapshot's folder."""
-    copied = [f"{name}/*{suffix}" for name in known if name in _COPIED for suffix in _COPIED_SUFFIXES]
-    stems = {name: WEIGHTS_STEM if name == "vae" else _TEXT_STEM for name in known if name not in _COPIED}
-    configs = [f"{name}/config.json" for name in stems]
-    folder = download(base.name, commit, [*copied, *configs, *_weight_patterns(stems, base.variant)])
-    lacking = {name: stem for name, stem in stems.items() if not _has_variant(folder / name, stem, base.variant)}
+    names = list(names)
+    told = [f"{name}/*{suffix}" for name in names for suffix in TOLD_SUFFIXES]
+    stems = [(name, stem) for name in names if name not in _COPIED for stem in (WEIGHTS_STEM, _TEXT_STEM)]
+    folder = download(base.name, commit, [*told, *_weight_patterns(stems, base.variant)])
+    lacking = [(name, stem) for name, stem in stems if not _has_variant(folder / name, stem, base.variant)]
     if base.variant is not None and lacking:
         folder = download(base.name, commit, _weight_patterns(lacking, None))
     return folder
 
 
-def _weight_patterns(stems: Mapping[str, str], variant: str | None) -> list[str]:
+def _weight_patterns(stems: Sequence[tuple[str, str]], variant: str | None) -> list[str]:
     infix = f".{variant}" if variant else ""
     endings = (f"{infix}.safetensors", f"{infix}-*.safetensors", f".safetensors.index{infix}.json")
-    return [f"{name}/{stem}{ending}" for name, stem in stems.items() for ending in endings]
+    return [f"{name}/{stem}{ending}" for name, stem in stems for ending in endings]
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_what_is_on_disk_and_what_is_said(
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     edit_json(base / "model_index.json", safety_checker=checker)
     assert run_cli(["merge", base, sd_file, "-o", tmp_path / "dry", "--dry-run"]) == 0
-    assert "{'unet': 2, 'text_encoder': 6} adapted" in capsys.readouterr().out
+    assert "adapted: 2 of unet, 6 of text_encoder" in capsys.readouterr().out
     assert run_cli(["merge", base, sd_file, "-o", tmp_path / "out", "--dtype", "fp16"]) == 0
     said = capsys.readouterr().out
     assert "6 layers of text_encoder merged" in said

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
 from tests.trexport.helpers import copy_of
-from tests.trexport.pipelines import VAE_WEIGHTS, edit_json, edit_weights, opened
+from tests.trexport.pipelines import VAE_WEIGHTS, edit_json, edit_weights, fake_hub, opened
 from trexport.errors import BaseError, MissingError
 from trexport.models import pipeline as module
 from trexport.models.base import Base, open_base
@@ -140,18 +138,7 @@ def test_a_hub_id_is_fetched_at_one_commit(
         plain = hub / part / "diffusion_pytorch_model.safetensors"
         shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
     (hub / "text_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
-    asked: list[str | None] = []
-
-    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append(revision)
-        for file in hub.rglob("*"):
-            inside = file.relative_to(hub).as_posix()
-            if file.is_file() and any(fnmatch(inside, pattern) for pattern in allow_patterns):
-                (cache / "0123abcd" / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, cache / "0123abcd" / inside)
-        return str(cache / "0123abcd")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    asked = fake_hub(hub, cache, monkeypatch)
     base = open_base("owner/name", revision="main", variant=variant)
     assert not (cache / "0123abcd" / "vae").exists()
     pipeline = open_pipeline(base)
