@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.trexport.helpers import copy_of, leftovers, run_cli
+from tests.trexport.pipelines import STATIC
 from trexport.artifact import Artifact, open_artifact
 from trexport.cli import COMMANDS
 
@@ -197,7 +198,7 @@ def test_factored_then_adapter_then_validate(
     unet_folder: Path, adapter_folder: Path, lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, file = tmp_path / "factored", tmp_path / "a.onnx_adapter"
-    sizes = ["--static", "--batch-size", "1", "--height", "8", "--width", "8", "--sequence-length", "4"]
+    sizes = ["--static", *STATIC]
     assert run_cli(["onnx", unet_folder, adapter_folder, "-o", out, "--factored", *sizes]) == 0
     assert "path plan for cpu" in capsys.readouterr().out
     assert run_cli(["validate", out, "--trajectory-steps", "0", "--seeds", "1", "--json"]) == 0
