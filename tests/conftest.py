@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported; torch alone does not import it
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")  # read by torch too; the kernels stay optimised
 torch.set_num_threads(1)  # the tensors of the tests are small: threads only wait for each other
 
 

@@ -23,7 +23,7 @@ SAMPLES = ROOT / "trexport" / "models" / "samples"
 DIGITS = SAMPLES / "digits"
 ADAPTERS = ("nine", "outline", "slant")
 
-PER_DIGIT = 5
+PER_DIGIT = 3
 STEPS = 10
 
 

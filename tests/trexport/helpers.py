@@ -85,14 +85,23 @@ def damaged(artifact: Artifact, folder: Path, name: str, change: float, entry: i
     return open_artifact(folder, verify=False)
 
 
-def run_onnx(
-    path: Path, feeds: Mapping[str, Tensor], outputs: list[str] | None = None, adapter: Path | None = None
-) -> dict[str, Tensor]:
+def onnx_session(path: Path) -> onnxruntime.InferenceSession:
     """A model in ONNX Runtime, with nothing of ours around it."""
-    settings, options = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
+    settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(
+    model: Path | onnxruntime.InferenceSession,
+    feeds: Mapping[str, Tensor],
+    outputs: list[str] | None = None,
+    adapter: Path | None = None,
+) -> dict[str, Tensor]:
+    """One run of an `onnx_session`; of a path, of one for this run alone."""
+    session = onnx_session(model) if isinstance(model, Path) else model
+    options = onnxruntime.RunOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     if adapter is not None:
         loaded = onnxruntime.LoraAdapter()
         loaded.Load(str(adapter))

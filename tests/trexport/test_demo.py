@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from trexport.artifact import open_artifact
 from trexport.demo.run import REPORT_NAME, run_demo
@@ -14,7 +15,12 @@ from trexport.errors import UsageError
 
 
 @pytest.mark.slow
-def test_the_whole_line_ends_in_a_report_that_stands_alone(tmp_path: Path) -> None:
+def test_the_whole_line_ends_in_a_report_that_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but Inductor, which takes a minute here and is in `backends/test_backends.py`: its graph runs uncompiled."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compiled(self, fullgraph=True, backend="aot_eager")
+    )
     said: list[str] = []
     result = run_demo(tmp_path / "out", ["outline"], say=said.append)
     assert result.passed

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from trexport.graph.check import check_model
-from trexport.graph.exporter import run_exporter, save_graph, tidy
+from trexport.graph.exporter import save_graph
 from trexport.graph.opset import OpsetChoice, choose_opset
+from trexport.graph.traced import traced_graph
 from trexport.io_spec import BYTES_OF, Dtype, ModelSpec
 from trexport.manifest import MODEL_NAME, ComponentRecord
 from trexport.models.adapters import BoundAdapter, on_component
@@ -128,8 +129,8 @@ def _export(
     if component.kind == "vae_encoder":
         sizes |= {axis: sizes[axis] * scale_of(component) for axis in ("sample_height", "sample_width")}
     feeds = component_feeds(component, spec, sizes)
-    program = run_exporter(model, tuple(feeds.values()), {}, spec, (_dynamic_axes(component, spec),), choice.opset)
-    graph = tidy(program, spec, {name for name, _ in model.named_parameters()}, component.name)
+    axes = (_dynamic_axes(component, spec),)
+    graph = traced_graph(model, loaded.config, tuple(feeds.values()), {}, spec, axes, choice.opset, component.name)
     for value in list(graph.graph.initializers.values()):  # renaming changes the mapping
         if value.name is not None and value.name.startswith(loaded.prefix):
             value.name = value.name.removeprefix(loaded.prefix)

@@ -17,12 +17,13 @@ from trexport.disk import check_disk
 from trexport.errors import UsageError
 from trexport.graph.check import check_model
 from trexport.graph.components import components_size, export_components
-from trexport.graph.exporter import run_exporter, save_graph, tidy
+from trexport.graph.exporter import run_exporter, save_graph
 from trexport.graph.factored import Factored, FactoredOptions, default_tensors, plan_factored
 from trexport.graph.opset import OpsetChoice, choose_opset
 from trexport.graph.passes.factor import factor
 from trexport.graph.passes.swap import swap
 from trexport.graph.swappable import Swappable, SwappableOptions, plan_swappable, save_merge_model
+from trexport.graph.traced import traced_graph
 from trexport.hashing import sha256_of_file
 from trexport.io_spec import BYTES_OF, Dtype, ModelSpec, banked_spec, parts_of
 from trexport.manifest import MODEL_NAME, BaseRecord, Manifest, package_versions
@@ -214,14 +215,26 @@ def trace(
     Raises:
         ExportError: the exporter failed; its reason is the message.
     """
-    traced = {axis: max(2, size) if axis in spec.free_axes else size for axis, size in sizes.items()}
-    arguments = architecture_of_model(model).arguments(random_feeds(spec, traced))  # torch takes a 1 for a constant
-    return run_exporter(model, (), arguments, spec, dynamic_shapes(config, spec), opset)
+    return run_exporter(model, (), _arguments(model, spec, sizes), spec, dynamic_shapes(config, spec), opset)
 
 
 def _export(model: torch.nn.Module, base: Base, spec: ModelSpec, sizes: Mapping[str, int], opset: int) -> ir.Model:
-    program = trace(model, base.config, spec, sizes, opset)
-    return tidy(program, spec, {name for name, _ in model.named_parameters()}, base.architecture.folder)
+    return traced_graph(
+        model,
+        base.config,
+        (),
+        _arguments(model, spec, sizes),
+        spec,
+        dynamic_shapes(base.config, spec),
+        opset,
+        base.architecture.folder,
+    )
+
+
+def _arguments(model: torch.nn.Module, spec: ModelSpec, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What to trace with."""
+    traced = {axis: max(2, size) if axis in spec.free_axes else size for axis, size in sizes.items()}
+    return architecture_of_model(model).arguments(random_feeds(spec, traced))  # torch takes a 1 for a constant
 
 
 def dynamic_shapes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any] | None:

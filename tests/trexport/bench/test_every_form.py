@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import UNet2DConditionModel
 
 from tests.trexport.helpers import leftovers, run_cli
 from trexport.bench import every_form
@@ -14,12 +15,23 @@ from trexport.bench.every_form import COMPILED, ENGINE, ONNX, TORCH, bench_every
 from trexport.bench.run import BenchOptions
 from trexport.errors import UsageError
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import RANDOM
 from trexport.models.base import Base
+
+
+@pytest.fixture
+def shallow_folder(tmp_path: Path) -> Path:
+    """A UNet of one level: it is compiled twice, and the table is the same for any."""
+    blocks = {"block_out_channels": [16], "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    model = UNet2DConditionModel.from_config(RANDOM["tiny"] | blocks)
+    assert isinstance(model, UNet2DConditionModel)
+    model.save_pretrained(tmp_path / "shallow")
+    return tmp_path / "shallow"
 
 
 @pytest.mark.slow
 def test_the_table(
-    unet_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shallow_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The merged engine stands in for the compiled baseline too: it is the same compiler."""
     asked: list[Any] = []
@@ -36,7 +48,7 @@ def test_the_table(
         lambda what, **changes: (without_compile if isinstance(what, BenchOptions) else replaced)(what, **changes),
     )
     sizes = ["--batch-size", "1", "--height", "8", "--width", "8", "--sequence-length", "4"]
-    command = ["bench", unet_folder, "random:tlora:1:2", "--forms", "--device", "cpu", "--iterations", "2", "--json"]
+    command = ["bench", shallow_folder, "random:tlora:1:2", "--forms", "--device", "cpu", "--iterations", "2", "--json"]
     assert run_cli([*command, *sizes, "-o", tmp_path / "out"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert leftovers(tmp_path / "out") == ["bench.json", "bench.png"]

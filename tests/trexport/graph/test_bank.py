@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trexport.helpers import SIZES, damaged, drawn_by_torch, run_onnx
+from tests.trexport.helpers import SIZES, damaged, drawn_by_torch, onnx_session, run_onnx
 from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import Artifact, open_artifact
 from trexport.errors import ArtifactError
@@ -89,14 +89,15 @@ def test_a_bank_takes_an_adapter_for_each_sample(held: Artifact, base: Base, ada
         assert relative_l2(found[row : row + 1], drawn_by_torch(base, adapters, own)) <= 1e-5
 
 
-@pytest.mark.parametrize("index", [-1, -2, 3, -(2**63), 2**63 - 1])
-def test_a_place_that_is_not_there_is_refused(index: int, bank: Artifact, held: Artifact) -> None:
+def test_a_place_that_is_not_there_is_refused(bank: Artifact, held: Artifact) -> None:
     for artifact in (bank, held):
         feeds = feeds_of(artifact, 3)
-        last = run_onnx(artifact.onnx_path, feeds | {ADAPTER_INDEX: torch.tensor([0, 1, 2])})
+        session = onnx_session(artifact.onnx_path)
+        for index in (-1, -2, 3, -(2**63), 2**63 - 1):
+            with pytest.raises(Exception, match="(?i)indices|index|bounds"):
+                run_onnx(session, feeds | {ADAPTER_INDEX: torch.tensor([0, index, 1])})
+        last = run_onnx(session, feeds | {ADAPTER_INDEX: torch.tensor([0, 1, 2])})
         assert last["out_sample"].isfinite().all()
-        with pytest.raises(Exception, match="(?i)indices|index|bounds"):
-            run_onnx(artifact.onnx_path, feeds | {ADAPTER_INDEX: torch.tensor([0, index, 1])})
 
 
 def test_a_bank_is_validated_each_adapter_alone_and_all_together(bank: Artifact, held: Artifact) -> None:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from tests.trexport.helpers import SIZES, leftovers
+from tests.trexport.helpers import SIZES, copy_of, leftovers
+from tests.trexport.pipelines import edit_json
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile
 from trexport.errors import ExportError, UsageError
-from trexport.graph import export
+from trexport.graph import export, traced
 from trexport.graph.export import ExportOptions, export_onnx, plan_export
 from trexport.graph.opset import choose_opset
+from trexport.graph.traced import traced_graph
 from trexport.models.adapters import open_adapters
+from trexport.models.architectures import spec_of
 from trexport.models.base import Base, open_base
 from trexport.models.model import first_output, load_model, merge_into_, random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session
+
+
+def failing(*args: object, **kwargs: object) -> None:
+    raise torch.onnx.OnnxExporterError("first line\nno rule for this operator")
 
 
 def run(artifact: Artifact, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -86,6 +98,64 @@ def test_the_same_inputs_give_the_same_bytes(
     assert open_artifact(tmp_path / "x").manifest.files == half_artifact.manifest.files
 
 
+def test_a_graph_traced_for_other_weights_gives_the_same_bytes(
+    half_artifact: Artifact, base: Base, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions("fp16", fixed={"batch_size": 2, "height": 8, "width": 12, "sequence_length": 5})
+    monkeypatch.setattr(traced, "_latest", OrderedDict())
+    export_onnx(base, [], tmp_path / "x", options)
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    export_onnx(base, open_adapters([str(adapter_folder)], base), tmp_path / "y", options)
+    files = [open_artifact(tmp_path / name).manifest.files for name in ("x", "y")]
+    assert files[1] == half_artifact.manifest.files
+    assert files[0].keys() == files[1].keys()
+    assert files[0] != files[1]  # the weights' file
+
+
+@pytest.mark.parametrize(
+    ("base_changes", "option_changes"),
+    [
+        ({"norm_num_groups": 8}, {}),  # of no shape
+        ({"act_fn": "gelu"}, {}),
+        ({}, {"dtype": "bf16"}),
+        ({}, {"opset": 18}),
+        ({}, {"fixed": SIZES | {"batch_size": 3}}),
+        ({}, {"fixed": {axis: size for axis, size in SIZES.items() if axis != "batch_size"}}),
+        ({}, {"timestep_per_sample": True}),
+    ],
+)
+def test_another_model_or_another_shape_is_traced_anew(
+    base_changes: dict[str, Any],
+    option_changes: dict[str, Any],
+    unet_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ExportOptions(fixed=SIZES)
+    export_onnx(open_base(str(unet_folder)), [], tmp_path / "x", options)
+    copy_of(unet_folder, tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", **base_changes)
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(ExportError, match="no rule for this operator"):
+        export_onnx(open_base(str(tmp_path / "base")), [], tmp_path / "y", replace(options, **option_changes))
+
+
+def test_the_weights_of_a_traced_model_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced, "_latest", OrderedDict())
+    base = open_base("random:clip-tiny")
+    model = load_model(base)
+    sizes = {"batch_size": 2, "sequence_length": 5}
+    spec = spec_of(base.config, "fp32", sizes)
+    feeds = base.architecture.arguments(random_feeds(spec, sizes))
+    graph = traced_graph(model, base.config, (), feeds, spec, None, 23, "text_encoder")
+    held = [weakref.ref(parameter) for parameter in model.parameters()]
+    assert len(held) <= len(graph.graph.initializers)
+    del model, graph
+    gc.collect()
+    assert not [reference for reference in held if reference() is not None]
+    assert traced._latest
+
+
 def test_sdxl_s_inputs(tmp_path: Path) -> None:
     base = open_base("random:tiny-sdxl")
     adapters = open_adapters(["random:tlora-star:2:4"], base)
@@ -119,9 +189,7 @@ def test_impossible_sizes_are_refused_before_anything(base: Base, tmp_path: Path
 
 
 def test_a_failed_export_leaves_nothing(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: object, **kwargs: object) -> None:
-        raise torch.onnx.OnnxExporterError("first line\nno rule for this operator")
-
+    monkeypatch.setattr(traced, "_latest", OrderedDict())
     monkeypatch.setattr(torch.onnx, "export", failing)
     with pytest.raises(ExportError, match="no rule for this operator"):
         export_onnx(base, [], tmp_path / "x", ExportOptions(fixed=SIZES))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trexport.helpers import leftovers, run_cli
+from tests.trexport.helpers import SIZES, leftovers, run_cli
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, EngineOptions, EngineRecord, engine_backend_of
 from trexport.engine import build_engine, default_profile
 from trexport.errors import ExportError, MissingError, UsageError
 from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.factored import FactoredOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.profile import Profile, parse_profile
 from trexport.progress import Progress, Task
 from trexport.session.sources import source_of
+from trlora import save_adapter
 
 RTX = engine_backend_of("tensorrt-rtx")
 pytestmark = pytest.mark.slow
@@ -57,17 +60,39 @@ def test_the_artifact(merged: Artifact, onnx_artifact: Artifact) -> None:
     assert report["seconds"] > 0
 
 
-@pytest.mark.parametrize("which", ["two_slots", "bank", "swappable", "half_artifact"])
-def test_every_form_is_built(which: str, request: pytest.FixtureRequest, tmp_path: Path, base: Base) -> None:
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory: pytest.TempPathFactory, base: Base) -> str:
+    """A TLoRA(2,6) on the layers of the middle block alone: every operator of a bank is built for long."""
+    (bound,) = open_adapters(["random:tlora:2:6"], base)
+    layers = {path: parts for path, parts in bound.adapter.layers.items() if path.startswith("mid_block")}
+    folder = tmp_path_factory.mktemp("adapter") / "middle"
+    save_adapter(replace(bound.adapter, layers=layers), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small_bank(tmp_path_factory: pytest.TempPathFactory, base: Base, middle: str) -> Artifact:
+    """A bank of two places, blank, the batch free."""
+    folder = tmp_path_factory.mktemp("onnx") / "small_bank"
+    fixed = {axis: size for axis, size in SIZES.items() if axis != "batch_size"}
+    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=fixed)
+    export_onnx(base, open_adapters([middle], base), folder, options)
+    return open_artifact(folder)
+
+
+@pytest.mark.parametrize("which", ["two_slots", "small_bank", "swappable", "half_artifact"])
+def test_every_form_is_built(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, base: Base, middle: str
+) -> None:
     artifact: Artifact = request.getfixturevalue(which)
     fixed = "2x8x8x5" if which != "half_artifact" else "2x8x12x5"
-    engine = build(artifact, tmp_path / "engine", "1x8x8x5,2x8x8x5,4x8x8x5" if which == "bank" else fixed)
+    engine = build(artifact, tmp_path / "engine", "1x8x8x5,2x8x8x5,4x8x8x5" if which == "small_bank" else fixed)
     assert engine.manifest.form == artifact.manifest.form
     source = source_of(engine, [], "cpu")
     assert set(engine.engine_record.settings["inputs"]) == set(source.constants)  # type: ignore[union-attr]
     assert bool(source.constants) == (which != "half_artifact")  # type: ignore[union-attr]
     if which != "half_artifact":
-        (bound,) = open_adapters(["random:tlora:2:6"], base)
+        (bound,) = open_adapters([middle], base)
         rows, columns = base.weight_shapes()[next(iter(bound.layers))]
         assert engine.engine_record.layers[next(iter(bound.layers))] == (rows, columns)
 
