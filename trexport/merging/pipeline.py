@@ -17,7 +17,7 @@ from trexport.merging.parts import Part, parts_of, read_index
 from trexport.merging.weights import target_entries, write_json, write_weights
 from trexport.models.adapters import BoundAdapter, on_component
 from trexport.models.base import Base
-from trexport.models.model import layers_of
+from trexport.models.model import layers_of, offsets_of
 from trexport.models.pipeline import INDEX_FILE, Pipeline
 from trexport.models.weights import SHORT_DTYPES, TORCH_DTYPES
 from trexport.progress import SILENT, Progress
@@ -81,7 +81,8 @@ def _planned(
     size = unet.size_bytes + sum(entry.size_bytes for entry in entries)
     size += sum(part.files_bytes if name in encoders else part.size_bytes for name, part in parts.items())
     check_disk(out, size)
-    adapted = {name: len(layers_of(on_component(adapters, name))) for name in encoders}
+    on = {name: on_component(adapters, name) for name in encoders}
+    adapted = {name: len({**layers_of(some), **offsets_of(some)}) for name, some in on.items()}
     adapted = {**unet.adapted, **{name: count for name, count in adapted.items() if count}}
     return PipelinePlan(out, unet.tensors + len(entries), adapted, size, left_out), parts
 

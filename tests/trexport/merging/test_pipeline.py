@@ -234,6 +234,8 @@ def test_a_normalisation_of_a_text_encoder_changes(
     change = {f"{name}.w_norm": torch.linspace(-1, 1, 32), f"{name}.b_norm": torch.linspace(0, 1, 32)}
     safetensors.torch.save_file(change, tmp_path / "a.safetensors")
     argument = f"{tmp_path / 'a.safetensors'}=0.5"
+    assert run_cli(["merge", pipelines / "sd", argument, "-o", tmp_path / "json", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapted"]["text_encoder"] == 2
     assert run_cli(["merge", pipelines / "sd", argument, "-o", tmp_path / "json", "--json"]) == 0
     names = json.loads(capsys.readouterr().out)["offsets"]
     assert [name.rpartition("layers.")[2] for name in names] == ["0.layer_norm1.weight", "0.layer_norm1.bias"]
