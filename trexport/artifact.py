@@ -110,7 +110,7 @@ class Artifact:
         return opened, bound
 
     def pipeline(self, base: Base) -> Pipeline:
-        """The pipeline that the artifact's components were made from, proved to be the same by their hashes.
+        """The pipeline that the artifact's other models were made from, proved to be the same by their hashes.
 
         Args:
             base: as `sources` gives it.
@@ -119,7 +119,7 @@ class Artifact:
             ArtifactError: components have changed since, or are not found.
         """
         pipeline = open_pipeline(base)
-        for name, record in self.manifest.components.items():
+        for name, record in {**self.manifest.components, **self.manifest.text_encoders}.items():
             component = pipeline.components.get(name) if pipeline is not None else None
             if component is None:
                 raise ArtifactError(f"{base.name}: no {name}, which {self.folder} holds; say where it is with --base")

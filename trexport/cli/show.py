@@ -46,7 +46,7 @@ def show_parity(report: ParityReport) -> None:
     if report.components:
         print_table(
             "the pipeline's other models, against float32 PyTorch",
-            ["", "dtype", "cases", "max abs", "relative L2", "limit"],
+            ["", "dtype", "cases", "max abs", "relative L2", "limit", "effect of the adapters"],
             [
                 (
                     f"{c.component}: {c.output}",
@@ -55,6 +55,7 @@ def show_parity(report: ParityReport) -> None:
                     f"{c.max_abs:.2e}",
                     f"{c.relative_l2:.2e}",
                     f"{c.limit:g}",
+                    "" if c.effect is None else f"{c.effect:.2e}",
                 )
                 for c in report.components
             ],

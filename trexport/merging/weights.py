@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from trexport.cores import single_threaded_torch
-from trexport.errors import TrexportError
 from trexport.hashing import hash_of_bytes, hash_of_tensors
 from trexport.io_spec import Dtype
 from trexport.models.adapters import BoundAdapter
@@ -60,7 +59,7 @@ def write_weights(
     Args:
         dtype: None keeps that of every tensor.
     """
-    chosen = dtype or _dtype_of(base)
+    chosen = dtype or base.dtype
     layers, offsets = layers_of(adapters), offsets_of(adapters)
     records: list[LayerMerge] = []
     total = sum(entry.size_bytes for file in base.weights for entry in target_entries(file, dtype))
@@ -186,19 +185,6 @@ class _Hashes:
 
     def __exit__(self, *details: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-def _dtype_of(base: Base) -> Dtype:
-    """The dtype of most of the base's bytes."""
-    sizes: dict[str, int] = {}
-    for file in base.weights:
-        for entry in file.entries:
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
-    name = max(sizes, key=lambda key: sizes[key])
-    short: dict[str, Dtype] = {full: dtype for dtype, full in SHORT_DTYPES.items()}
-    if name not in short:
-        raise TrexportError(f"{base.name}: weights in {name}, expected F32, F16 or BF16; pass --dtype")
-    return short[name]
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

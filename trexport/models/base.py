@@ -13,8 +13,9 @@ from typing import Any, final
 
 from trexport.errors import BaseError, UsageError
 from trexport.hashing import hash_of_bytes, hash_of_tensors
+from trexport.io_spec import Dtype
 from trexport.models.architectures import ARCHITECTURES, RANDOM, Architecture, architecture_of, class_of
-from trexport.models.weights import Entry, RandomWeights, SafetensorsFile, WeightFile
+from trexport.models.weights import SHORT_DTYPES, Entry, RandomWeights, SafetensorsFile, WeightFile
 from trexport.models.writer import bytes_of
 from trexport.progress import SILENT, Progress
 from trlora.errors import nearest
@@ -72,6 +73,23 @@ class Base:
     @property
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for file in self.weights for entry in file.entries)
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of most of its bytes.
+
+        Raises:
+            BaseError: it is none of float32, float16 and bfloat16.
+        """
+        sizes: dict[str, int] = {}
+        for file in self.weights:
+            for entry in file.entries:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+        name = max(sizes, key=lambda key: sizes[key])
+        short: dict[str, Dtype] = {full: dtype for dtype, full in SHORT_DTYPES.items()}
+        if name not in short:
+            raise BaseError(f"{self.name}: weights in {name}, expected F32, F16 or BF16; pass --dtype")
+        return short[name]
 
     def content_hash(self, progress: Progress = SILENT) -> str:
         """The content hash of the weights, see `trexport.hashing.hash_of_tensors`: reads all of them."""

@@ -14,6 +14,11 @@ _EFFECT_OVER_ERROR = 3.0
 """The effect must stand this far above the error, or parity could not tell the adapter from none."""
 
 
+def least_effect(errors: Sequence[float]) -> float:
+    """What adapters must move an output by at least, beside errors that are within their tolerance."""
+    return max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * max(errors, default=0.0))
+
+
 def judge(
     steps: Sequence[StepParity],
     trajectory: TrajectoryParity | None,
@@ -50,8 +55,7 @@ def judge(
     elif adapted:
         effect = max(step.effect for step in steps)
         # an error outside its tolerance has failed above, and says nothing about the adapters
-        error = max((s.relative_l2 for s in steps if s.relative_l2 <= tolerance.relative_l2), default=0.0)
-        least = max(_LEAST_EFFECT, _EFFECT_OVER_ERROR * error)
+        least = least_effect([s.relative_l2 for s in steps if s.relative_l2 <= tolerance.relative_l2])
         if not effect >= least:
             failures.append(
                 f"the adapters move the output by {effect:.3g} at most, expected at least {least:.3g}: they do nothing "

@@ -57,6 +57,8 @@ class ComponentParity:
     max_abs: float
     limit: float
     """On relative L2."""
+    effect: float | None = None
+    """How far the adapters move it at most, as `StepParity.effect`; None where no adapter is on the model."""
 
 
 @final

@@ -60,7 +60,8 @@ def validate(
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
-    whole trajectory; of a whole pipeline, each of its other models too. A blank or swappable artifact is fed the adapters;
+    whole trajectory; of a whole pipeline, each of its other models too, of a merged one the text encoders with adapters in
+    them. A blank or swappable artifact is fed the adapters;
     of a bank, every adapter is checked alone, and all in one batch, each sample against its own picture. Inputs are rounded
     to the artifact's precision first, so that both see the same.
 
@@ -120,10 +121,14 @@ def validate(
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     components: list[ComponentParity] = []
     model_failed = bool(failures)
-    if manifest.components:
+    if manifest.components or manifest.text_encoders:
         pipeline = artifact.pipeline(base)
         components = compare_components(artifact, pipeline, adapters, device, options.seeds, progress=progress)
         failures += judge_components(components)
+    if adapters and not any(adapter.on_base for adapter in adapters) and all(c.effect is None for c in components):
+        failures.append(
+            "nothing was compared that an adapter of another strength than 0 changes: no effect can be shown"
+        )
     deviation, note = None, None
     worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
     if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
