@@ -364,6 +364,8 @@ class AotInductor(EngineBackend):
             "always_keep_tensor_constants": True,
             # it may run on a machine with another number of cores
             "cpp.dynamic_threads": True,
+            # torch would put gigabytes of them into the system's temporary folder, whatever cache it is given, and keep them
+            "aot_inductor.precompile_headers": False,
             **_LEVELS[level],
         }
         path = folder / self.file_name

@@ -132,6 +132,7 @@ def test_another_model_or_another_shape_is_traced_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ExportOptions(fixed=SIZES)
+    monkeypatch.setattr(traced, "_latest", OrderedDict())  # without what other tests have traced
     export_onnx(open_base(str(unet_folder)), [], tmp_path / "x", options)
     copy_of(unet_folder, tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", **base_changes)
