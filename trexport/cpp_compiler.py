@@ -41,7 +41,10 @@ def complaint(compiler: str) -> str | None:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_PROBE)
         command = [compiler, "-shared", "-fPIC", "-std=c++17", str(source), "-o", str(library)]
-        built = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        try:
+            built = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"cannot be run ({error})"
         if built.returncode != 0:
             lines = built.stderr.strip().splitlines() or [f"exit code {built.returncode}"]
             return f"does not compile a few lines of C++17 ({lines[-1]})"

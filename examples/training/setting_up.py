@@ -9,13 +9,34 @@ from typing import Any
 
 import record
 import torch
+from components import PRECISIONS, Components, load_components
 from failures import RecipeError, say
+from noising import check_prediction
 from options import training_config
 from torch import nn
 from watching import Artist, Bar, Pictures
 
 from trlora import BaseModel
 from trlora.training import Callback, Loss, Trainer, TrainingConfig, accelerator_for
+
+
+def set_up(options: argparse.Namespace, samples: int) -> tuple[Components, Any]:
+    """The base's parts and the accelerator.
+
+    Raises:
+        OptionError, RecipeError: of `load_components`; a prediction type or a resolution that the base does not take.
+        TrainingConfigError, AccelerateMissingError: of `prepare_accelerator`.
+    """
+    components = load_components(
+        options.pretrained_model_name_or_path,
+        revision=options.revision,
+        variant=options.variant,
+        prediction_type=options.prediction_type,
+        dtype=PRECISIONS[options.mixed_precision],
+    )
+    check_prediction(components.scheduler)
+    components.check_resolution(options.resolution)
+    return components, prepare_accelerator(options, samples)
 
 
 def prepare_accelerator(options: argparse.Namespace, samples: int) -> Any:

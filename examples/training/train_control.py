@@ -13,17 +13,17 @@ from typing import Any
 import record
 from branch import CONTROL_LAYERS, control_predictor, inject_branch_, open_branch
 from caches import Cache, hash_of_model
-from components import PRECISIONS, Components, load_components
+from components import PRECISIONS, Components
 from conditions import as_control
 from control_data import KINDS, ControlData, check_conditions, condition_of, edges_key, picture_of
 from drawing import draw_validation
 from failures import OptionError, finish, say
 from images import Crop, check, read
-from noising import check_prediction, errors, noised, sampled
+from noising import errors, noised, sampled
 from options import adapter_spec, add_shared_options, check_shared_options, training_config
 from pairs import Columns, Pair, pairs_in
 from prompts import embed, negative
-from setting_up import prepare_accelerator, train
+from setting_up import set_up, train
 from subject_data import latent_makers, pictures_of
 from torch import Tensor, nn
 from watching import Artist
@@ -95,16 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         record.check_same(found, options.output_dir)
 
-    components = load_components(
-        options.pretrained_model_name_or_path,
-        revision=options.revision,
-        variant=options.variant,
-        prediction_type=options.prediction_type,
-        dtype=PRECISIONS[options.mixed_precision],
-    )
-    check_prediction(components.scheduler)
-    components.check_resolution(options.resolution)
-    accelerator = prepare_accelerator(options, len(pairs))
+    components, accelerator = set_up(options, len(pairs))
     data, keys = cached_data(components, pairs, sizes, conditions, options, accelerator)
 
     branch, branch_name = open_branch(components, options, accelerator, resumed=checkpoint is not None)

@@ -14,14 +14,14 @@ import record
 import torch
 from caches import Cache, hash_of_model
 from class_images import draw_class_images
-from components import PRECISIONS, Components, load_components
+from components import Components
 from drawing import added, draw_validation, unet_predictor
 from failures import OptionError, finish, say
 from images import check, images_in
-from noising import check_prediction, errors, noised, sampled
+from noising import errors, noised, sampled
 from options import adapter_spec, add_shared_options, check_shared_options, training_config
 from prompts import embed, negative
-from setting_up import prepare_accelerator, train
+from setting_up import set_up, train
 from subject_data import SubjectData, latent_makers, pictures_of
 from torch import Tensor, nn
 
@@ -83,16 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         record.check_same(record.describe("train_subject", options), options.output_dir)
 
-    components = load_components(
-        options.pretrained_model_name_or_path,
-        revision=options.revision,
-        variant=options.variant,
-        prediction_type=options.prediction_type,
-        dtype=PRECISIONS[options.mixed_precision],
-    )
-    check_prediction(components.scheduler)
-    components.check_resolution(options.resolution)
-    accelerator = prepare_accelerator(options, len(paths))
+    components, accelerator = set_up(options, len(paths))
     data, keys = cached_data(components, paths, sizes, options, accelerator)
     found = record.describe("train_subject", options, data.files())
     if checkpoint is not None:

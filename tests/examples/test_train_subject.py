@@ -182,7 +182,7 @@ def test_no_memory_while_encoding_is_one_message(
 def test_wrong_data_is_named_before_anything_is_loaded(
     photos: Path, tmp_path: Path, failing: Failing, recipes: SimpleNamespace, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(recipes.train_subject, "load_components", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(recipes.setting_up, "load_components", lambda *_, **__: pytest.fail("loaded"))
 
     def said(folder: Path, code: int = 1, **more: Any) -> str:
         return failing("train_subject", arguments_of("nowhere", folder, tmp_path / "out", **more), code)

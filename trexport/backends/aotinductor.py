@@ -54,7 +54,6 @@ from trexport.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of
-from trexport.models.architectures.unet import UNet
 from trexport.models.fused import FuseOptions, fuse_, options_for
 from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
@@ -350,7 +349,7 @@ class AotInductor(EngineBackend):
         merge_into_(model, source.adapters, progress=progress)
         model.to(device)
         level = options.optimization_level or 0
-        if level and not isinstance(source.base.architecture, UNet):
+        if level and not source.base.architecture.rewritable:
             raise UsageError(
                 f"--optimization-level {level}: only UNets are rewritten, and this is a {source.base.architecture.noun}; "
                 "leave it out"

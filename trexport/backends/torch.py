@@ -20,7 +20,6 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import MissingError
-from trexport.models.architectures.unet import UNet
 from trexport.models.model import attach_all_, load_model, merge_into_, outputs_of, spread_timestep
 
 _WARM_UP = 3
@@ -42,7 +41,7 @@ class _TorchRunner(Runner):
             if device == "cuda":  # as PyTorch's users make it fast
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 options = {"conv_1x1_as_mm": True}
-                if not source.factored and isinstance(source.base.architecture, UNet):
+                if not source.factored and source.base.architecture.rewritable:
                     model.fuse_qkv_projections()  # type: ignore[operator]
             model.compile(fullgraph=True, dynamic=False, options=options)
         self._model = model

@@ -74,6 +74,8 @@ class Architecture(ABC):
     """None for a model that does not denoise."""
     shared: ClassVar[frozenset[str]] = frozenset()
     """Inputs without a batch axis: the same for all samples."""
+    rewritable: ClassVar[bool] = False
+    """Whether `trexport.models.fused`, and diffusers' own fusing of projections, know the model."""
     timestep_scale: ClassVar[float] = 1.0
     """What a timestep from 0 to 1000 is multiplied by."""
 

@@ -97,6 +97,7 @@ class UNet(Architecture):
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     noun: ClassVar[str] = "UNet"
+    rewritable: ClassVar[bool] = True
     folder: ClassVar[str] = "unet"
     random: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "sd15": _SD15,
