@@ -29,12 +29,12 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trexport.backends.base import (
     Availability,
@@ -54,7 +54,7 @@ from trexport.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
 from trexport.io_spec import ModelSpec, parts_of
 from trexport.models.architectures import Limit, spec_of
-from trexport.models.fused import FuseOptions, fuse_, options_for
+from trexport.models.fused import fuse_, join_, options_for
 from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
@@ -102,12 +102,6 @@ class _Step(nn.Module):
         named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
         forward.__signature__ = named  # type: ignore[attr-defined]
         self.forward = forward
-
-
-def _rewrites(device: Device, dtype: torch.dtype) -> FuseOptions:
-    """What is best on the device, with torch's operators alone: with our own kernels packages drew garbage on an H100, where
-    `torch.compile` of the same program did not (`benchmarks/NOTES.md`)."""
-    return replace(options_for(device, dtype), kernels="torch")
 
 
 @contextmanager
@@ -354,7 +348,7 @@ class AotInductor(EngineBackend):
                 f"--optimization-level {level}: only UNets are rewritten, and this is a {source.base.architecture.noun}; "
                 "leave it out"
             )
-        fused = fuse_(cast(Any, model), _rewrites(device, DTYPES[source.dtype])) if level else None
+        fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}
@@ -378,6 +372,10 @@ class AotInductor(EngineBackend):
                         feeds,
                         dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
                     )
+                    # torch.export switches cuDNN off, and what fake convolutions answer then, a layout that is not
+                    # cuDNN's, is kept for whoever asks next: the compiler would read real outputs in a wrong order
+                    FakeTensorMode.cache_clear()
+                    joined = join_(program) if fused is not None and fused.options.kernels == "triton" else {}
                 with progress.task("compile"):
                     torch._inductor.aoti_compile_and_package(
                         program, package_path=str(path), inductor_configs=dict(settings)
@@ -386,7 +384,7 @@ class AotInductor(EngineBackend):
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
         settings |= {"device": device, _MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
-            settings["rewrites"] = fused.to_dict()
+            settings |= {"rewrites": fused.to_dict(), "joined": dict(joined)}
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(

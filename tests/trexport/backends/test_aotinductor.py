@@ -10,12 +10,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import bits
 from tests.trexport.helpers import SIZES, drawn_by_torch, leftovers, run_cli
@@ -30,6 +32,7 @@ from trexport.deploy.serve.unet import AdapterServer, Asked
 from trexport.deploy.unet_model import unet_config
 from trexport.engine import build_engine, usual_sizes
 from trexport.errors import ArtifactError, ExportError, MissingError, UsageError
+from trexport.graph.export import ExportOptions, export_onnx
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import random_feeds
@@ -61,7 +64,16 @@ def merged(tmp_path_factory: pytest.TempPathFactory, onnx_artifact: Artifact) ->
 @pytest.fixture(scope="module")
 def replaced(tmp_path_factory: pytest.TempPathFactory, swappable: Artifact) -> Artifact:
     """Swappable, blank, of fixed `SIZES`, from a rewritten UNet."""
-    return build(swappable, tmp_path_factory.mktemp("aoti") / "replaced", "2x8x8x5", level=1)
+    compiled = torch._inductor.aoti_compile_and_package
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        # torch.export answers without cuDNN, and with these answers the compiler would read real convolutions wrongly
+        assert not any(torch.ops.aten.convolution.default in key.key for key in FakeTensorMode.cache)
+        return compiled(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._inductor, "aoti_compile_and_package", spy)
+        return build(swappable, tmp_path_factory.mktemp("aoti") / "replaced", "2x8x8x5", level=1)
 
 
 def feeds_of(artifact: Artifact, **sizes: int) -> dict[str, Tensor]:
@@ -92,6 +104,18 @@ def test_the_record_says_what_was_rewritten(merged: Artifact, replaced: Artifact
         assert names <= set(runner._model.get_constant_fqns())
     adapted = {f"{path}.weight" for path in record.layers}
     assert not adapted & {f"{path}.weight" for path in record.placements} & record.constants().keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="our kernels are for CUDA")
+def test_with_our_kernels_a_package_draws_what_torch_draws(tmp_path: Path, base: Base, adapter_folder: Path) -> None:
+    adapters = open_adapters([str(adapter_folder)], base)
+    export_onnx(base, adapters, tmp_path / "onnx", ExportOptions("fp16", fixed=SIZES))
+    artifact = open_artifact(tmp_path / "onnx")
+    profile = parse_profile("2x8x8x5", artifact.manifest.io, usual_sizes(artifact, base))
+    options = EngineOptions((profile,), device="cuda", optimization_level=1)
+    build_engine(artifact, base, adapters, tmp_path / "engine", AOTI, options)
+    report = validate(open_artifact(tmp_path / "engine"), base, adapters, "cuda", QUICK)
+    assert report.passed, report.failures
 
 
 def test_no_cache_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
