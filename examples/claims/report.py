@@ -131,6 +131,22 @@ def table(rows: list[Row], with_start: bool = False) -> str:
     return "\n".join(lines)
 
 
+def budget_table(rows: list[Row], task: str) -> str:
+    """One task's first measure, and its first loss against LoRA's of the same budget, over the budgets."""
+    measure, loss = MEASURES[task][0], f"loss, {LOSSES[task][0]}"
+    found = {(row["method"], row["budget"]): row for row in rows}
+    columns = [f"{_heading(measure)}, {budget:,}" for budget in BUDGETS]
+    columns += [f"{loss}, above LoRA's (%), {budget:,}" for budget in BUDGETS]
+    lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for method in METHODS:
+        own = [found.get((method, budget)) for budget in BUDGETS]
+        cells = ["–" if row is None else _cell(row, measure) for row in own]
+        for budget, row in zip(BUDGETS, own, strict=True):
+            cells.append("–" if row is None else against(row, found.get(("lora", budget)), loss))
+        lines.append("| " + " | ".join([METHODS[method].title, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def rate_table(by_rate: dict[str, dict[str, float | None]]) -> str:
     """The validation loss of every method at every learning rate, ×10³, the best in bold."""
     lines = ["| method | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---|" + "---:|" * len(RATES)]
@@ -150,6 +166,7 @@ def markdown(summary: dict[str, Any]) -> str:
     parts = []
     for task in TASKS:
         rows = [row for row in summary["rows"] if row["task"] == task]
+        parts.append(f"### {task}: the budgets\n\n{budget_table(rows, task)}")
         for budget in BUDGETS:
             chosen = [row for row in rows if row["budget"] == budget and row["method"] in METHODS]
             if chosen:
