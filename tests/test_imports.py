@@ -199,8 +199,8 @@ def one_file_knows_transformers(imports: list[Import]) -> list[Import]:
 
 
 def backends_are_apart(imports: list[Import]) -> list[Import]:
-    """A backend imports the contract (base.py), the registry (__init__.py) and what both TensorRTs share (trt), never
-    another backend."""
+    """A backend imports the contract (base.py), the registry (__init__.py), its own parts (aotinductor's are aoti) and what
+    both TensorRTs share (trt), never another backend."""
     shared = ("trexport.backends", "trexport.backends.base")
     return [
         item
@@ -210,6 +210,10 @@ def backends_are_apart(imports: list[Import]) -> list[Import]:
         and under(item.target, "trexport.backends")
         and item.target not in (*shared, item.importer)
         and not under(item.target, "trexport.backends.trt")
+        and not (
+            under(item.target, "trexport.backends.aoti")
+            and any(under(item.importer, f"trexport.backends.{own}") for own in ("aotinductor", "aoti"))
+        )
     ]
 
 

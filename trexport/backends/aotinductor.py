@@ -20,22 +20,16 @@ what you trust.
 
 from __future__ import annotations
 
-import inspect
-import logging
-import os
 import re
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
+from trexport.backends.aoti.compiling import compiled, traced_sizes
+from trexport.backends.aoti.runner import MULTIPLE, AotInductorRunner
 from trexport.backends.base import (
     Availability,
     BuildReport,
@@ -47,21 +41,15 @@ from trexport.backends.base import (
     OnnxFile,
     Runner,
     Source,
-    Step,
     TorchModel,
 )
 from trexport.cpp_compiler import compiler_name, compiler_path, complaint
-from trexport.errors import ArtifactError, ExportError, MissingError, RunError, UsageError
-from trexport.io_spec import ModelSpec, parts_of
+from trexport.errors import ExportError, MissingError, UsageError
 from trexport.models.architectures import Limit, spec_of
-from trexport.models.fused import fuse_, join_, options_for
-from trexport.models.model import DTYPES, fitted, load_model, merge_into_, outputs_of, random_feeds, sizes_of
-from trexport.profile import Profile
+from trexport.models.fused import fuse_, options_for
+from trexport.models.model import DTYPES, load_model, merge_into_, random_feeds
 from trexport.progress import SILENT, Progress
 
-_WARM_UP = 3
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_MULTIPLE = "height_width_multiple"
 _FEATURES = "cpu_features"
 _LAST_WORDS = 1500
 _LEVELS: tuple[dict[str, Any], ...] = (
@@ -83,55 +71,6 @@ _UNKNOWN = {
 }
 
 
-@final
-class _Step(nn.Module):
-    """The model as a function of tensors named as the spec's. It has the model's own children, so that the names of all
-    parameters are the model's."""
-
-    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
-        super().__init__()
-        for name, child in model.named_children():
-            self.add_module(name, child)
-
-        def forward(**feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
-            outputs = outputs_of(model, feeds)
-            return outputs[0] if len(outputs) == 1 else outputs
-
-        # torch.export asks which arguments there are
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
-        forward.__signature__ = named  # type: ignore[attr-defined]
-        self.forward = forward
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch's compiler has to say to its own developers."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-@contextmanager
-def _cache() -> Iterator[None]:
-    """A cache of the compiler that is gone afterwards, unless the user has one: torch's default grows without end."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-    from torch._inductor.utils import fresh_cache
-
-    # torch itself puts its default there
-    if os.environ.get(_CACHE, default_cache_dir()) != default_cache_dir():
-        yield
-        return
-
-    with tempfile.TemporaryDirectory(prefix="trexport-inductor-") as folder, fresh_cache(dir=folder, delete=False):
-        yield
-
-
 def _cpu_features() -> list[str]:
     """What this CPU can do, by torch's names. The compiler makes code for all of it (`-march=native`)."""
     return sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
@@ -139,138 +78,6 @@ def _cpu_features() -> list[str]:
 
 def _target(device: Device) -> str:
     return "cpu" if device == "cpu" else "sm{}{}".format(*torch.cuda.get_device_capability())
-
-
-def _traced_sizes(profile: Profile) -> dict[str, int]:
-    """The usual sizes, but 2 where a free axis would be 1: torch takes a 1 for a constant."""
-    return {axis: size if axis in profile.fixed else max(2, size) for axis, size in profile.opt.items()}
-
-
-def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[str, dict[int, Any] | None]:
-    """Input → dimension → its bounds, for the axes that the profile leaves free."""
-    dims: dict[str, Any] = {}
-    for axis in profile.opt.keys() - profile.fixed.keys():
-        least, most = profile.min[axis], profile.max[axis]
-        if axis in ("height", "width") and multiple > 1:
-            dims[axis] = multiple * torch.export.Dim(axis, min=least // multiple, max=most // multiple)
-        else:
-            dims[axis] = torch.export.Dim(axis, min=least, max=most)
-    shapes: dict[str, dict[int, Any] | None] = {}
-    for tensor in spec.inputs:
-        named = [(n, parts_of(axis)) for n, axis in enumerate(tensor.axes) if isinstance(axis, str)]
-        free = {n: times * dims[name] if times > 1 else dims[name] for n, (name, times, _) in named if name in dims}
-        shapes[tensor.name] = free or None
-    return shapes
-
-
-@final
-class _AotInductorRunner(Runner):
-    """A loaded package. Weights given as `constants`, by the names of `EngineRecord.constants`, are used where they lie: who
-    overwrites them changes the next run."""
-
-    def __init__(self, source: EngineFile, device: Device) -> None:
-        self.spec = source.spec
-        self.device = device
-        self._record = source.record
-        (self._profile,) = source.record.profiles
-        self._constants = self._checked_constants(source)
-        try:
-            with _quiet():
-                # torch's own lock around a run cannot be captured in a CUDA graph
-                self._model: Any = torch._inductor.aoti_load_package(
-                    str(source.path), run_single_threaded=device == "cuda"
-                )
-        except Exception as error:  # torch raises what it has at hand
-            raise ArtifactError(
-                f"{source.path}: torch {torch.__version__} does not load this package ({_first_line(error)}); "
-                "build the engine again"
-            ) from error
-        if self._constants:
-            lacks = self._constants.keys() - set(self._model.get_constant_fqns())
-            if lacks:
-                raise ArtifactError(f"{source.path}: {min(lacks)} is not in the package; build the engine again")
-            self._model.load_constants(self._constants, check_full_update=False, user_managed=True)
-
-    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._run(self._checked(feeds))
-
-    def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        inputs = self._checked(feeds)
-        buffers = self._run(inputs)
-        if self.device == "cpu":
-
-            def run() -> None:
-                for name, tensor in self._run(inputs).items():
-                    buffers[name].copy_(tensor)
-
-            return Step(run, inputs, buffers)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._run(inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            buffers = self._run(inputs)
-        return Step(graph.replay, inputs, buffers)
-
-    def close(self) -> None:
-        self._model = None
-        self._constants = {}
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        try:
-            with torch.no_grad():  # not inference mode: whoever has the output may write into it
-                found = self._model(**inputs)
-        except RuntimeError as error:
-            raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
-        outputs = found if isinstance(found, (tuple, list)) else (found,)
-        return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
-
-    def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs, copied to where and how the compiled code expects them: it does not look itself.
-
-        Raises:
-            UsageError: an input missing, or of a rank or size that the engine does not take.
-        """
-        inputs = {
-            name: value.to(self.device, copy=True, memory_format=torch.contiguous_format)
-            for name, value in fitted(self.spec, feeds).items()
-        }
-        sizes = sizes_of(self.spec, inputs)
-        multiple = self._record.settings[_MULTIPLE]
-        if not self._profile.holds(sizes) or any(sizes.get(axis, 0) % multiple for axis in ("height", "width")):
-            raise UsageError(
-                f"sizes {sizes} found, the engine takes {' x '.join(self._profile.opt)} {self._profile}, height and width "
-                f"multiples of {multiple}; build one with a wider --profile"
-            )
-        return inputs
-
-    def _checked_constants(self, source: EngineFile) -> dict[str, Tensor]:
-        """Weights to put in the place of the package's own, on the device. torch itself would take any shape.
-
-        Raises:
-            ArtifactError: one that is no adapted weight of the engine, or of another shape or dtype.
-        """
-        dtype = DTYPES[self.spec.outputs[0].dtype]
-        layers = source.record.constants()
-        for name, tensor in source.constants.items():
-            if name not in layers:
-                raise ArtifactError(f"{source.path}: {name} is no weight that this engine lets be replaced")
-            if tuple(tensor.shape) != layers[name] or tensor.dtype != dtype:
-                raise ArtifactError(
-                    f"{source.path}: {name}: {tensor.dtype} of shape {list(tensor.shape)} found, expected {dtype} of "
-                    f"{list(layers[name])}"
-                )
-        return {name: tensor.to(self.device).contiguous() for name, tensor in source.constants.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _last_words(error: BaseException) -> str:
@@ -351,7 +158,7 @@ class AotInductor(EngineBackend):
         fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        feeds = {n: t.to(device) for n, t in random_feeds(spec, _traced_sizes(profile)).items()}
+        feeds = {n: t.to(device) for n, t in random_feeds(spec, traced_sizes(profile)).items()}
         settings: dict[str, Any] = {
             # a literal in the code cannot be replaced
             "always_keep_tensor_constants": True,
@@ -364,25 +171,10 @@ class AotInductor(EngineBackend):
         path = folder / self.file_name
         start = time.perf_counter()
         try:
-            with _quiet(), _cache(), torch.no_grad():
-                with progress.task("trace"):
-                    program = torch.export.export(
-                        _Step(model, spec).eval(),
-                        (),
-                        feeds,
-                        dynamic_shapes=_dynamic_shapes(spec, profile, multiple),
-                    )
-                    # torch.export switches cuDNN off, and what fake convolutions answer then, a layout that is not
-                    # cuDNN's, is kept for whoever asks next: the compiler would read real outputs in a wrong order
-                    FakeTensorMode.cache_clear()
-                    joined = join_(program) if fused is not None and fused.options.kernels == "triton" else {}
-                with progress.task("compile"):
-                    torch._inductor.aoti_compile_and_package(
-                        program, package_path=str(path), inductor_configs=dict(settings)
-                    )
+            joined = compiled(cast(nn.Module, model), spec, feeds, profile, multiple, fused, path, settings, progress)
         except Exception as error:  # tracer, compiler and linker each have their own
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
-        settings |= {"device": device, _MULTIPLE: multiple, "optimization_level": level}
+        settings |= {"device": device, MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
             settings |= {"rewrites": fused.to_dict(), "joined": dict(joined)}
         if device == "cpu":
@@ -425,7 +217,7 @@ class AotInductor(EngineBackend):
         if source.record.device != device:
             own = source.record.device
             raise UsageError(f"{source.path}: this engine was built for {own}; use --device {own}")
-        return _AotInductorRunner(source, device)
+        return AotInductorRunner(source, device)
 
 
 def _minor(version: str) -> str:

@@ -23,7 +23,8 @@ from tests.helpers import bits
 from tests.trexport.helpers import SIZES, drawn_by_torch, leftovers, run_cli
 from trexport.artifact import ADAPTED_NAME, Artifact, open_artifact
 from trexport.backends import BACKENDS, EngineFile, EngineOptions, EngineRecord, engine_backend_of
-from trexport.backends.aotinductor import _AotInductorRunner, _cache
+from trexport.backends.aoti.compiling import own_cache
+from trexport.backends.aoti.runner import AotInductorRunner
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.deploy.options import TritonOptions
@@ -100,7 +101,7 @@ def test_the_record_says_what_was_rewritten(merged: Artifact, replaced: Artifact
     names = {rows.constant for rows in record.placements.values()}
     assert len(names) == counts["self_attention"] + 2  # one for all texts, one for all time embeddings
     with BACKENDS["aotinductor"].load(source_of(replaced, [], "cpu"), "cpu") as runner:
-        assert isinstance(runner, _AotInductorRunner)
+        assert isinstance(runner, AotInductorRunner)
         assert names <= set(runner._model.get_constant_fqns())
     adapted = {f"{path}.weight" for path in record.layers}
     assert not adapted & {f"{path}.weight" for path in record.placements} & record.constants().keys()
@@ -124,14 +125,14 @@ def test_no_cache_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         monkeypatch.delenv(name, raising=False)
         if before is not None:
             monkeypatch.setenv(name, before)
-        with _cache():
+        with own_cache():
             used = Path(os.environ[name])
             assert str(used) != default_cache_dir()
             (used / "kernel").write_text("x")
         assert not used.exists()
         assert os.environ.get(name) == before
     monkeypatch.setenv(name, str(tmp_path))  # the user's own
-    with _cache():
+    with own_cache():
         assert os.environ[name] == str(tmp_path)
 
 

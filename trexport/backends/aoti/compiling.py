@@ -1,0 +1,126 @@
+"""From a model in memory to a package."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+
+from trexport.backends.aoti.quiet import quiet
+from trexport.io_spec import ModelSpec, parts_of
+from trexport.models.fused import FuseReport, join_
+from trexport.models.model import outputs_of
+from trexport.profile import Profile
+from trexport.progress import Progress
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compiled(
+    model: nn.Module,
+    spec: ModelSpec,
+    feeds: Mapping[str, Tensor],
+    profile: Profile,
+    multiple: int,
+    fused: FuseReport | None,
+    path: Path,
+    settings: Mapping[str, Any],
+    progress: Progress,
+) -> Mapping[str, int]:
+    """Write the package of a model, in evaluation mode, to `path`.
+
+    Args:
+        feeds: to trace with, on the model's device, of `traced_sizes`.
+        multiple: of height and width.
+        fused: how the model was rewritten, None where it was not.
+        settings: of Inductor.
+
+    Returns:
+        what of the program was joined with our kernels, and how often.
+
+    Raises:
+        Exception: tracer, compiler and linker each have their own.
+    """
+    with quiet(), own_cache(), torch.no_grad():
+        with progress.task("trace"):
+            shapes = _dynamic_shapes(spec, profile, multiple)
+            program = torch.export.export(_Step(model, spec).eval(), (), dict(feeds), dynamic_shapes=shapes)
+            joined = _ready(program, fused)
+        with progress.task("compile"):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(settings))
+    return joined
+
+
+def _ready(program: ExportedProgram, fused: FuseReport | None) -> Mapping[str, int]:
+    """What has to be done to a program before it is compiled."""
+    # torch.export switches cuDNN off, and what fake convolutions answer then, a layout that is not cuDNN's, is kept for
+    # whoever asks next: the compiler would read real outputs in a wrong order
+    FakeTensorMode.cache_clear()
+    return join_(program) if fused is not None and fused.options.kernels == "triton" else {}
+
+
+@final
+class _Step(nn.Module):
+    """The model as a function of tensors named as the spec's. It has the model's own children, so that the names of all
+    parameters are the model's."""
+
+    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+        def forward(**feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
+            outputs = outputs_of(model, feeds)
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        # torch.export asks which arguments there are
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
+        forward.__signature__ = named  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """A cache of the compiler that is gone afterwards, unless the user has one: torch's default grows without end."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from torch._inductor.utils import fresh_cache
+
+    # torch itself puts its default there
+    if os.environ.get(_CACHE, default_cache_dir()) != default_cache_dir():
+        yield
+        return
+
+    with tempfile.TemporaryDirectory(prefix="trexport-inductor-") as folder, fresh_cache(dir=folder, delete=False):
+        yield
+
+
+def traced_sizes(profile: Profile) -> dict[str, int]:
+    """The usual sizes, but 2 where a free axis would be 1: torch takes a 1 for a constant."""
+    return {axis: size if axis in profile.fixed else max(2, size) for axis, size in profile.opt.items()}
+
+
+def _dynamic_shapes(spec: ModelSpec, profile: Profile, multiple: int) -> dict[str, dict[int, Any] | None]:
+    """Input → dimension → its bounds, for the axes that the profile leaves free."""
+    dims: dict[str, Any] = {}
+    for axis in profile.opt.keys() - profile.fixed.keys():
+        least, most = profile.min[axis], profile.max[axis]
+        if axis in ("height", "width") and multiple > 1:
+            dims[axis] = multiple * torch.export.Dim(axis, min=least // multiple, max=most // multiple)
+        else:
+            dims[axis] = torch.export.Dim(axis, min=least, max=most)
+    shapes: dict[str, dict[int, Any] | None] = {}
+    for tensor in spec.inputs:
+        named = [(n, parts_of(axis)) for n, axis in enumerate(tensor.axes) if isinstance(axis, str)]
+        free = {n: times * dims[name] if times > 1 else dims[name] for n, (name, times, _) in named if name in dims}
+        shapes[tensor.name] = free or None
+    return shapes

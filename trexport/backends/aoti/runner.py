@@ -1,0 +1,128 @@
+"""A loaded package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from trexport.backends.aoti.quiet import quiet
+from trexport.backends.base import Device, EngineFile, Runner, Step
+from trexport.errors import ArtifactError, RunError, UsageError
+from trexport.models.model import DTYPES, fitted, sizes_of
+
+_WARM_UP = 3
+MULTIPLE = "height_width_multiple"
+"""Where a record's settings say what height and width are multiples of."""
+
+
+@final
+class AotInductorRunner(Runner):
+    """A loaded package. Weights given as `constants`, by the names of `EngineRecord.constants`, are used where they lie: who
+    overwrites them changes the next run."""
+
+    def __init__(self, source: EngineFile, device: Device) -> None:
+        self.spec = source.spec
+        self.device = device
+        self._record = source.record
+        (self._profile,) = source.record.profiles
+        self._constants = self._checked_constants(source)
+        try:
+            with quiet():
+                # torch's own lock around a run cannot be captured in a CUDA graph
+                self._model: Any = torch._inductor.aoti_load_package(
+                    str(source.path), run_single_threaded=device == "cuda"
+                )
+        except Exception as error:  # torch raises what it has at hand
+            raise ArtifactError(
+                f"{source.path}: torch {torch.__version__} does not load this package ({_first_line(error)}); "
+                "build the engine again"
+            ) from error
+        if self._constants:
+            lacks = self._constants.keys() - set(self._model.get_constant_fqns())
+            if lacks:
+                raise ArtifactError(f"{source.path}: {min(lacks)} is not in the package; build the engine again")
+            self._model.load_constants(self._constants, check_full_update=False, user_managed=True)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._run(self._checked(feeds))
+
+    def step(self, feeds: Mapping[str, Tensor]) -> Step:
+        inputs = self._checked(feeds)
+        buffers = self._run(inputs)
+        if self.device == "cpu":
+
+            def run() -> None:
+                for name, tensor in self._run(inputs).items():
+                    buffers[name].copy_(tensor)
+
+            return Step(run, inputs, buffers)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self._run(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            buffers = self._run(inputs)
+        return Step(graph.replay, inputs, buffers)
+
+    def close(self) -> None:
+        self._model = None
+        self._constants = {}
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            with torch.no_grad():  # not inference mode: whoever has the output may write into it
+                found = self._model(**inputs)
+        except RuntimeError as error:
+            raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
+        outputs = found if isinstance(found, (tuple, list)) else (found,)
+        return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
+
+    def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, copied to where and how the compiled code expects them: it does not look itself.
+
+        Raises:
+            UsageError: an input missing, or of a rank or size that the engine does not take.
+        """
+        inputs = {
+            name: value.to(self.device, copy=True, memory_format=torch.contiguous_format)
+            for name, value in fitted(self.spec, feeds).items()
+        }
+        sizes = sizes_of(self.spec, inputs)
+        multiple = self._record.settings[MULTIPLE]
+        if not self._profile.holds(sizes) or any(sizes.get(axis, 0) % multiple for axis in ("height", "width")):
+            raise UsageError(
+                f"sizes {sizes} found, the engine takes {' x '.join(self._profile.opt)} {self._profile}, height and width "
+                f"multiples of {multiple}; build one with a wider --profile"
+            )
+        return inputs
+
+    def _checked_constants(self, source: EngineFile) -> dict[str, Tensor]:
+        """Weights to put in the place of the package's own, on the device. torch itself would take any shape.
+
+        Raises:
+            ArtifactError: one that is no adapted weight of the engine, or of another shape or dtype.
+        """
+        dtype = DTYPES[self.spec.outputs[0].dtype]
+        layers = source.record.constants()
+        for name, tensor in source.constants.items():
+            if name not in layers:
+                raise ArtifactError(f"{source.path}: {name} is no weight that this engine lets be replaced")
+            if tuple(tensor.shape) != layers[name] or tensor.dtype != dtype:
+                raise ArtifactError(
+                    f"{source.path}: {name}: {tensor.dtype} of shape {list(tensor.shape)} found, expected {dtype} of "
+                    f"{list(layers[name])}"
+                )
+        return {name: tensor.to(self.device).contiguous() for name, tensor in source.constants.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
