@@ -108,16 +108,15 @@ def validate(
                 runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
             )
     failures: list[str] = []
+    elsewhere = any(adapter.strength for adapter in adapters if not adapter.on_base)  # shown by what it is on
+    shown = False
     for number, who in enumerate(groups):
         own = [step for step in steps if step.who == who.label]
-        has_effect = any(adapter.strength for adapter in who.among(adapters))
-        found = judge(
-            own,
-            trajectory if number == 0 else None,
-            tolerance,
-            adapted=any(adapter.on_base for adapter in who.among(adapters)),
-            has_effect=has_effect,
-        )
+        on_base = [adapter for adapter in who.among(adapters) if adapter.on_base]
+        has_effect = any(adapter.strength for adapter in on_base)
+        adapted = bool(on_base) and (has_effect or not elsewhere)
+        shown = shown or adapted
+        found = judge(own, trajectory if number == 0 else None, tolerance, adapted=adapted, has_effect=has_effect)
         failures += [f"{who.label}: {failure}" if who.label else failure for failure in found]
     components: list[ComponentParity] = []
     model_failed = bool(failures)
@@ -125,7 +124,7 @@ def validate(
         pipeline = artifact.pipeline(base)
         components = compare_components(artifact, pipeline, adapters, device, options.seeds, progress=progress)
         failures += judge_components(components)
-    if adapters and not any(adapter.on_base for adapter in adapters) and all(c.effect is None for c in components):
+    if adapters and not shown and all(component.effect is None for component in components):
         failures.append(
             "nothing was compared that an adapter of another strength than 0 changes: no effect can be shown"
         )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -123,14 +124,22 @@ def test_adapters_must_move_a_model_by_more_than_its_error(effect: float, good: 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
-def merged(base: Path, out: Path, *arguments: str, strength: float = 1.0, tensors: Tensors | None = None) -> Path:
-    """A merged pipeline of an adapter that is on a text encoder only, on a layer of it unless `tensors` are given."""
+def merged(
+    base: Path,
+    out: Path,
+    *arguments: str,
+    strength: float = 1.0,
+    tensors: Tensors | None = None,
+    others: Sequence[str] = (),
+) -> Path:
+    """A merged pipeline of an adapter that is on a text encoder only, on a layer of it unless `tensors` are given, and of
+    others."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"A": (2, 32), "B": (32, 2)}
     lora = {f"{TEXT}.lora_{side}.weight": torch.randn(shape, generator=generator) for side, shape in shapes.items()}
     file = out.with_name("a.safetensors")
     safetensors.torch.save_file(tensors or lora, file)
-    assert run_cli(["merge", base, f"{file}={strength}", "-o", out, *arguments]) == 0
+    assert run_cli(["merge", base, f"{file}={strength}", *others, "-o", out, *arguments]) == 0
     return out
 
 
@@ -181,6 +190,29 @@ def test_an_adapter_that_does_nothing_fails(
     folder = merged(pipelines / "sd", tmp_path / "out", strength=strength)
     assert run_cli(["validate", folder, *QUICK]) == 3
     assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("strength", "on_unet", "says"),
+    [
+        (1.0, 0.0, None),
+        (0.0, 1.0, None),
+        (0.0, 0.0, "every adapter has strength 0"),
+        (1e-7, 0.0, "text_encoder: .* move"),
+    ],
+)
+def test_an_adapter_without_strength_is_no_failure_where_another_is_shown(
+    strength: float,
+    on_unet: float,
+    says: str | None,
+    pipelines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    others = [f"random:tlora:2:6={on_unet}"]
+    folder = merged(pipelines / "sd", tmp_path / "out", strength=strength, others=others)
+    assert run_cli(["validate", folder, *QUICK]) == (3 if says else 0)
+    assert says is None or re.search(says, capsys.readouterr().err)
 
 
 def test_another_text_encoder_than_it_was_made_from_is_refused(pipelines: Path, tmp_path: Path) -> None:
