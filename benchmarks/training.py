@@ -57,6 +57,8 @@ METHODS = {
     "activations-compile": Method("activations", compiled=True),
     "weight-compile": Method("weight", compiled=True),
 }
+USUAL = [name for name in METHODS if name != "activations-compile"]
+"""What is measured unless asked for otherwise: without what takes minutes to compile."""
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
     device = cast(Device, os.environ.get("BENCH_DEVICE", "cuda"))
     dtype = cast(Dtype, os.environ.get("BENCH_DTYPE", "fp16"))
     batch, rounds = int(os.environ.get("BENCH_BATCH", "4")), int(os.environ.get("BENCH_ROUNDS", "3"))
-    names = os.environ.get("BENCH_METHODS", ",".join(METHODS)).split(",")
+    names = os.environ.get("BENCH_METHODS", ",".join(USUAL)).split(",")
     for name in names:
         if name not in METHODS:
             raise SystemExit(f"BENCH_METHODS: {name} is unknown, expected some of {list(METHODS)}")
@@ -87,7 +89,7 @@ def main() -> None:
     show(table)
     if source == "random:sd15" and device == "cuda":
         about = {"base": source, "batch": batch, "dtype": dtype, "spec": SPEC.to_dict(), "methods": table}
-        keep(f"training_{dtype}", "python -m benchmarks training", device, about)
+        keep(f"training_{dtype}", f"python -m benchmarks training  # BENCH_METHODS={','.join(names)}", device, about)
 
 
 def measured(
@@ -113,7 +115,8 @@ def measured(
         layers = len(inject_(model, SPEC, "attention"))
         parameters = trainable_parameters(model)
         if method.kind == "weight":
-            around = WeightPath(model, dtype=None if dtype == "fp32" else DTYPES[dtype]).built
+            weights = WeightPath(model, dtype=None if dtype == "fp32" else DTYPES[dtype], compiled=method.compiled)
+            around = weights.built
     model.to(device).train()
     step = stepper(model, parameters, feeds, target, around, device, dtype, compiled=method.compiled)
     begin = time.perf_counter()
@@ -158,7 +161,7 @@ def stepper(
     compiled: bool,
 ) -> Callable[[], Tensor]:
     """One step as a function: forward, backward, scaler, AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=dtype == "fp16" and device == "cuda")
     if compiled:
         model.compile()

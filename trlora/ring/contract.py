@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from trlora.ring.shapes import check_matrix_ring, check_ring
@@ -30,8 +29,10 @@ def matrix_from_cores(cores: Sequence[Tensor]) -> Tensor:
     check_matrix_ring(cores)
     if len(cores) == 1:
         return cores[0].diagonal(dim1=2, dim2=3).sum(-1)
-    closed = torch.einsum("ijab,klba->kilj", open_chain(cores[:-1]), cores[-1])
-    return closed.flatten(2, 3).flatten(0, 1)
+    chain, last = open_chain(cores[:-1]), cores[-1]
+    (i, j, a, b), (k, m, _, _) = chain.shape, last.shape
+    closed = chain.reshape(i * j, a * b) @ last.permute(3, 2, 0, 1).reshape(a * b, k * m)
+    return closed.view(i, j, k, m).permute(2, 0, 3, 1).reshape(k * i, m * j)
 
 
 def open_chain(cores: Sequence[Tensor]) -> Tensor:
@@ -45,8 +46,10 @@ def open_chain(cores: Sequence[Tensor]) -> Tensor:
     """
     chain = cores[0]
     for core in cores[1:]:
+        (i, j, a, b), (k, m, _, c) = chain.shape, core.shape
+        product = chain.reshape(i * j * a, b) @ core.permute(2, 0, 1, 3).reshape(b, k * m * c)
         # (k, i) is flattened with k, the newer and slower mode, in front
-        chain = torch.einsum("ijab,klbc->kiljac", chain, core).flatten(2, 3).flatten(0, 1)
+        chain = product.view(i, j, a, k, m, c).permute(3, 0, 4, 1, 2, 5).reshape(k * i, m * j, a, c)
     return chain
 
 
@@ -61,7 +64,9 @@ def chain_from_cores(cores: Sequence[Tensor]) -> Tensor:
     """
     chain = cores[0]
     for core in cores[1:]:
-        chain = torch.einsum("iab,kbc->kiac", chain, core).flatten(0, 1)
+        (i, a, b), (k, _, c) = chain.shape, core.shape
+        product = chain.reshape(i * a, b) @ core.permute(1, 0, 2).reshape(b, k * c)
+        chain = product.view(i, a, k, c).permute(2, 0, 1, 3).reshape(k * i, a, c)
     return chain
 
 

@@ -52,9 +52,12 @@ class TrainingConfig:
     penalty_weight: float = 0.0
     mixed_precision: Precision = "no"
     """Of the products; the cores themselves stay float32."""
-    path: LayerPath = "activations"
-    """How adapted layers are computed: the adapter beside the base layer, on the activations; or as dense layers, weights
-    built for every step (see `WeightPath`) and rounded to the precision of the products."""
+    path: LayerPath = "weight"
+    """How adapted layers are computed: as dense layers, weights built for every step (see `WeightPath`) and rounded to the
+    precision of the products; or the adapter beside the base layer, on the activations."""
+    compile: bool = False
+    """Compile the model's steps, and what builds the weights, by `torch.compile`: a minute or two at the first step. A model
+    of a hundred layers on the path of the activations takes far longer to compile than on that of the weights."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them; for models of diffusers."""
     ema_decay: float | None = None
@@ -99,7 +102,8 @@ class TrainingConfig:
             ("path", LayerPath),
         ):
             self._check(name, getattr(self, name) in get_args(known), f"one of {', '.join(get_args(known))}")
-        self._check("gradient_checkpointing", isinstance(self.gradient_checkpointing, bool), "true or false")
+        for name in ("gradient_checkpointing", "compile"):
+            self._check(name, isinstance(getattr(self, name), bool), "true or false")
 
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:

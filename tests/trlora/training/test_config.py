@@ -32,6 +32,7 @@ from trlora.training import TrainingConfig, TrainingConfigError
         ({"penalty": "frobenius"}, "identity, orthogonal"),
         ({"mixed_precision": "fp8"}, "no, fp16, bf16"),
         ({"gradient_checkpointing": 1}, "true or false"),
+        ({"compile": "yes"}, "true or false"),
     ],
 )
 def test_wrong_values_are_refused_by_name(fields: dict[str, Any], words: str) -> None:

@@ -149,7 +149,8 @@ def test_accumulated_batches_are_one_greater_batch() -> None:
         results.append((torch.tensor([r.loss for r in records]), torch.cat([p.flatten() for p in trainer.parameters])))
     for losses, parameters in results[1:]:
         torch.testing.assert_close(losses, results[0][0], rtol=1e-5, atol=0)
-        torch.testing.assert_close(parameters, results[0][1], rtol=1e-3, atol=1e-5)
+        # a step is 1e-3 in the direction of a gradient, however small: rounding decides where it is nearly zero
+        torch.testing.assert_close(parameters, results[0][1], rtol=1e-3, atol=1e-4)
 
 
 def test_both_paths_of_a_layer_train_the_same() -> None:
@@ -158,6 +159,25 @@ def test_both_paths_of_a_layer_train_the_same() -> None:
         config = TrainingConfig(4, 2, 2, learning_rate=1e-2, penalty_weight=0.01, path=path)
         trainer = trainer_of(None, config)
         records = trainer.run(data(), noisy_loss)
+        results.append((torch.tensor([r.loss for r in records]), torch.cat([p.flatten() for p in trainer.parameters])))
+    (losses, parameters), (others, changed) = results
+    torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(changed, parameters, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_is_the_same_and_leaves_the_model_as_it_is() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch) - 1).square().mean()
+
+    results = []
+    for fields in ({}, {"path": "weight", "compile": True}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), nn.SiLU(), nn.Linear(8, 12))
+        inject_(model, SPEC, ["0", "2"])
+        trainer = Trainer(model, TrainingConfig(4, 2, 2, learning_rate=1e-2, penalty_weight=0.01, **fields))
+        records = trainer.run(list(torch.randn(5, 12, generator=torch.Generator().manual_seed(1))), loss)
+        assert model._compiled_call_impl is None
         results.append((torch.tensor([r.loss for r in records]), torch.cat([p.flatten() for p in trainer.parameters])))
     (losses, parameters), (others, changed) = results
     torch.testing.assert_close(others, losses, rtol=1e-5, atol=0)

@@ -164,3 +164,27 @@ def test_many_layers_are_built_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("trlora.training.weight_path._TOGETHER", 1)
     with WeightPath(model).built():
         torch.testing.assert_close(model(x), wanted)
+
+
+def test_a_strength_may_change_between_two_steps() -> None:
+    model = model_with(CASES[6])
+    x = torch.randn(3, IN, dtype=torch.float64)
+    path = WeightPath(model)
+    for strength in (0.7, 0.2, 0.0, 0.7):
+        for layer in adapted_modules(model).values():
+            layer.set_strength("default", strength)
+        with path.built():
+            torch.testing.assert_close(model(x), plain(cast(Three, model), x))
+
+
+def test_a_frozen_parameter_gets_no_gradient() -> None:
+    model = model_with(CASES[6])
+    frozen, *rest = trainable_parameters(model)
+    frozen.requires_grad_(False)
+    x = torch.randn(3, IN, dtype=torch.float64)
+    wanted = torch.autograd.grad(plain(cast(Three, model), x).square().sum(), rest)
+    with WeightPath(model).built():
+        model(x).square().sum().backward()
+    assert frozen.grad is None
+    for parameter, gradient in zip(rest, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

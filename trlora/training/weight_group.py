@@ -1,0 +1,173 @@
+"""The adapted weights of layers with equal shapes, built together, and their gradients.
+
+What is kept for the backward pass is the parameters: the weights are computed a second time there, so that neither T nor
+what stands between W0 and W' is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trlora.layers import AdaptedLayer, LayerAdapter
+from trlora.training.traced import traced
+
+_Function = Callable[..., Any]
+
+
+@final
+class _Whole(nn.Module):
+    """An adapter as a function of the layer's weight."""
+
+    def __init__(self, adapter: LayerAdapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.adapter.whole(weight)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers whose weights, and whose adapters' specs and shapes, are equal."""
+
+    layers: tuple[AdaptedLayer, ...]
+    template: _Whole
+    """Of the first layer; all others' differ in the parameters' values alone."""
+    names: tuple[str, ...]
+    """Of the template's parameters."""
+    places: tuple[tuple[nn.Module, str], ...]
+    """Where the parameters of all layers are: one name's after another, of a name one layer's after another."""
+    compiled: bool
+    programs: dict[object, Callable[..., Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Sequence[AdaptedLayer], name: str, *, compiled: bool) -> Group:
+        """
+        Args:
+            name: of the adapter, the only one of each layer.
+            compiled: by `torch.compile`.
+        """
+        functions = [_Whole(cast(LayerAdapter, layer.adapters[name])) for layer in layers]
+        names = tuple(key for key, _ in functions[0].named_parameters())
+        # found once: to look a thousand of them up by their paths takes longer than all else that the host does
+        places = [(*path.rpartition("."), function) for path in names for function in functions]
+        return cls(
+            tuple(layers),
+            functions[0],
+            names,
+            tuple((function.get_submodule(owner), key) for owner, _, key, function in places),
+            compiled,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.template.parameters()).dtype
+
+    def parameters(self) -> list[Tensor]:
+        """As they lie at `places`."""
+        return [cast(Tensor, getattr(module, key)) for module, key in self.places]
+
+    def stacks(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor (layers, …) for each name."""
+        count = len(self.layers)
+        return [torch.stack(list(parameters[n : n + count])) for n in range(0, len(parameters), count)]
+
+    def bases(self) -> list[Tensor]:
+        """The layers' own weights, detached."""
+        return [layer.weight.detach() for layer in self.layers]
+
+    def weights(
+        self, strengths: Tensor, bases: Sequence[Tensor], stacks: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """(layers, out, in) in `dtype`, from parameters as `stacks` gives them."""
+        base = torch.stack(list(bases)).flatten(2).to(stacks[0].dtype)
+
+        def one(weight: Tensor, *values: Tensor) -> Tensor:
+            named = dict(zip(self.names, values, strict=True))
+            return cast(Tensor, torch.func.functional_call(self.template, named, weight))
+
+        whole = torch.vmap(one)(base, *stacks)
+        return torch.lerp(base, whole, strengths[:, None, None]).to(dtype)
+
+    def run(self, function: _Function, dtype: torch.dtype, wanted: tuple[bool, ...], *inputs: Tensor) -> Any:
+        """`function(self, dtype, wanted, *inputs)`, traced once."""
+        device = inputs[0].device
+        key = function, dtype, wanted, tuple((tensor.dtype, tensor.device) for tensor in inputs)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _products_for(dtype, device):
+            program = self.programs.get(key)
+            if program is None:
+                program = traced(partial(function, self, dtype, wanted), *inputs)
+                if self.compiled:
+                    program = torch.compile(program, dynamic=False)
+                self.programs[key] = program
+            return program(*inputs)
+
+
+def _forward(group: Group, dtype: torch.dtype, wanted: tuple[bool, ...], *inputs: Tensor) -> Tensor:
+    """From strengths, bases and stacks."""
+    del wanted
+    count = len(group.layers)
+    return group.weights(inputs[0], inputs[1 : 1 + count], inputs[1 + count :], dtype)
+
+
+def _backward(group: Group, dtype: torch.dtype, wanted: tuple[bool, ...], *inputs: Tensor) -> list[Tensor]:
+    """From the weights' gradient, strengths, bases and stacks, the wanted stacks' gradients."""
+    gradient, strengths, *others = inputs
+    count = len(group.layers)
+    pullback = cast(
+        Callable[[Tensor], tuple[Tensor, ...]],
+        torch.func.vjp(lambda *stacks: group.weights(strengths, others[:count], stacks, dtype), *others[count:])[1],
+    )
+    # autograd keeps a part as it is where its layout is the parameter's, and else copies it
+    return [found.contiguous() for found, want in zip(pullback(gradient), wanted, strict=True) if want]
+
+
+@final
+class Build(torch.autograd.Function):
+    """`Group.weights`, of which nothing is kept for the backward pass but copies of the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, strengths: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        stacks = group.stacks(parameters)
+        ctx.group, ctx.dtype = group, dtype
+        ctx.save_for_backward(strengths, *stacks)
+        return cast(Tensor, group.run(_forward, dtype, (), strengths, *group.bases(), *stacks))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = grad_outputs
+        group: Group = ctx.group
+        strengths, *stacks = ctx.saved_tensors
+        count = len(group.layers)
+        needed = ctx.needs_input_grad[3:]
+        wanted = tuple(any(needed[n : n + count]) for n in range(0, len(needed), count))
+        found = iter(group.run(_backward, ctx.dtype, wanted, gradient, strengths, *group.bases(), *stacks))
+        gradients: list[Tensor | None] = []
+        for want in wanted:
+            gradients += next(found).unbind() if want else [None] * count
+        return None, None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True))
+
+
+@contextmanager
+def _products_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """With TF32 for products of float32 on CUDA, where the result is rounded to no more bits than TF32's own ten."""
+    if device.type != "cuda" or dtype.itemsize > 2:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
