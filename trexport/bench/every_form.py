@@ -120,7 +120,8 @@ def _built(
     artifact: Artifact, base: Base, adapters: Sequence[BoundAdapter], folder: Path, device: Device, progress: Progress
 ) -> Artifact:
     out = folder / f"{artifact.folder.name}-engine"
-    options = EngineOptions((default_profile(artifact, base),), device=device)
+    level = 1 if base.architecture.rewritable else None  # 1 takes no longer to build
+    options = EngineOptions((default_profile(artifact, base),), device=device, optimization_level=level)
     build_engine(artifact, base, adapters, out, engine_backend_of(ENGINE), options, progress=progress)
     return open_artifact(out, verify=False)
 
@@ -212,6 +213,10 @@ def _rows(
         moved = 2 * sum(math.prod(shape) for shape in swappable.engine_record.layers.values()) * BYTES_OF[steps.dtype]
         least = 1e3 * moved / steps.ceiling.bytes_per_second / costs[label].swap_ms
         rows.append(Row("swap of all adapted weights", costs[label].swap_ms, "ms", least))
+        plain = found.get(f"{ENGINE}, merged")
+        if plain is not None:
+            both = found[label].latency.median_ms + costs[label].swap_ms
+            rows.append(Row(f"({label} + a swap) ÷ {plain.backend}", both / plain.latency.median_ms, ""))
     return rows
 
 

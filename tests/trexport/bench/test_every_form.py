@@ -68,6 +68,8 @@ def test_the_table(
     assert rows["swap of all adapted weights"]["unit"] == "ms"
     assert {cost["form"] for cost in found["forms"]["costs"]} == steps.keys() - {TORCH}
     swapped = next(cost for cost in found["forms"]["costs"] if cost["form"] == f"{ENGINE}, swappable")
+    both = rows[f"({ENGINE}, swappable + a swap) ÷ {ENGINE}, merged"]["value"]
+    assert both == pytest.approx((medians[0] + swapped["swap_ms"]) / medians[1])
     assert "by torch (no kernel for cpu)" in swapped["swapped_by"]
 
 
