@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import (
+    engine_bank,
     engine_gpu,
     engine_rtx,
     every_form,
@@ -47,6 +48,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
         True,
         engine_gpu.main,
+    ),
+    "engine-bank": (
+        "a batch of 8 samples with 8 adapters in AOTInductor, fp16, against the merged model's batch",
+        True,
+        engine_bank.main,
     ),
     "every-form": (
         "what `trexport bench --forms` prints of random:sd15, fp16: every form, engines, a bank of 8, a swap",

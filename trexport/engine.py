@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def build_engine(
     the builder did, and `OUT/trexport.json`.
 
     The engine has the artifact's form: merged weights are in it; of a factored artifact or a bank, strengths and cores are
-    inputs; of a swappable one, the adapted weights can be replaced, and lie beside it as they are before any adapter.
+    inputs; of a swappable one, the adapted weights can be replaced, and lie beside it as they are before any adapter. A bank
+    of `aotinductor` takes whole weights in the place of cores, and has them beside it likewise.
 
     Args:
         artifact: of `trexport onnx`, or of `trexport merge` for backends that compile a torch model.
@@ -78,7 +79,7 @@ def build_engine(
     manifest = artifact.manifest
     if manifest.kind == "engine":
         raise UsageError(f"{artifact.folder}: an engine already; build from the artifact of trexport onnx")
-    options = backend.check(options, manifest.form)
+    options = backend.check(options, "bank" if _bank_of(artifact) is not None else manifest.form)
     if options.refit is not None:
         check_weights_only(base, adapters)
     _check_multiples(options, base)
@@ -96,8 +97,12 @@ def build_engine(
         _write_json(inner / "config.json", config, sort_keys=True)
         _write_json(folder / BUILD_NAME, report.to_dict())
         _copy_pipeline(artifact, inner.name, folder)
-        if manifest.swappable is not None:
-            pristine = pristine_weights(artifact)
+        if manifest.swappable is not None or record.bank is not None:
+            if record.bank is None:
+                pristine = pristine_weights(artifact)
+            else:
+                names = {f"{path}.weight" for slot in slots_of(artifact) for path in slot.layers}
+                pristine = _weights_of(base, names, manifest.dtype)
             pristine |= neighbours(base, record, pristine, manifest.dtype)
             safetensors.torch.save_file(pristine, inner / ADAPTED_NAME)
         layers: dict[str, tuple[int, ...]] = {}
@@ -172,12 +177,21 @@ def neighbours(base: Base, record: EngineRecord, adapted: Mapping[str, Tensor], 
     names = {path: f"{path}.weight" for path in record.placements}
     touched = {rows.constant for path, rows in record.placements.items() if names[path] in adapted}
     wanted = {names[path] for path, rows in record.placements.items() if rows.constant in touched} - adapted.keys()
+    return _weights_of(base, wanted, dtype)
+
+
+def _weights_of(base: Base, names: Collection[str], dtype: Dtype) -> dict[str, Tensor]:
     return {
         entry.name: file.tensor(entry.name).to(DTYPES[dtype])
         for file in base.weights
         for entry in file.entries
-        if entry.name in wanted
+        if entry.name in names
     }
+
+
+def _bank_of(artifact: Artifact) -> int | None:
+    """How many places an artifact has for adapters of samples; None where it is no bank."""
+    return None if artifact.manifest.factored is None else factored_of(artifact).bank
 
 
 def _fixed_by(io: ModelSpec, profiles: Sequence[Profile]) -> ModelSpec:
@@ -214,8 +228,13 @@ def source_for(
         if manifest.kind == "dense":
             return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
         timestep = next((tensor.axes for tensor in manifest.io.inputs if tensor.name == "timestep"), ())
-        merged = () if manifest.swappable is not None else adapters
-        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep))
+        bank = _bank_of(artifact)
+        merged = () if manifest.swappable is not None or bank is not None else adapters
+        layers: dict[str, tuple[int, ...]] = {}
+        if bank is not None:
+            shapes = layer_shapes(artifact)
+            layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep), bank=bank, banked=layers)
     if manifest.kind != "onnx":
         raise UsageError(
             f"{artifact.folder}: a model for torch; {backend.name} builds from an artifact of trexport onnx"

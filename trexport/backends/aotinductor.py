@@ -13,6 +13,9 @@ model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_up
 From `--optimization-level 1` on, several linear layers of one input are one in the package (`trexport.models.fused`); the
 record's `placements` say in which constant, and where in it, a layer's weight lies.
 
+A bank's package takes weights as inputs, for every constant that holds adapted weights a stack of whole ones, the base's own
+first; the record's `bank_inputs` say by which names, `adapter_index` and `adapter_strength` which of them each sample takes.
+
 Inputs are contiguous, of the dtypes in the manifest, on the package's device, inside its profile. torch takes constants of a
 wrong shape without a word and draws garbage: check them first, as the runner here does. A package is machine code: load only
 what you trust.
@@ -22,14 +25,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import nn
 
-from trexport.backends.aoti.compiling import compiled, traced_sizes
-from trexport.backends.aoti.runner import MULTIPLE, AotInductorRunner
+from trexport.backends.aoti.compiling import Banked, compiled, traced_sizes
+from trexport.backends.aoti.runner import BANK_INPUTS, MULTIPLE, AotInductorRunner
 from trexport.backends.base import (
     Availability,
     BuildReport,
@@ -42,12 +46,16 @@ from trexport.backends.base import (
     Runner,
     Source,
     TorchModel,
+    constants_of,
 )
 from trexport.cpp_compiler import compiler_name, compiler_path, complaint
 from trexport.errors import ExportError, MissingError, UsageError
+from trexport.io_spec import banked_spec
 from trexport.models.architectures import Limit, spec_of
+from trexport.models.bank import Choice, bank_
 from trexport.models.fused import fuse_, options_for
 from trexport.models.model import DTYPES, load_model, merge_into_, random_feeds
+from trexport.models.rows import Rows
 from trexport.progress import SILENT, Progress
 
 _FEATURES = "cpu_features"
@@ -116,7 +124,7 @@ class AotInductor(EngineBackend):
                 f"{len(options.profiles)} profiles given, aotinductor takes one; give one that holds all sizes"
             )
         if form == "factored":
-            raise UsageError("a factored artifact or bank: aotinductor compiles merged and swappable models")
+            raise UsageError("a factored artifact: aotinductor compiles merged and swappable models, and banks")
         compiler = compiler_path()
         if compiler is None:
             raise MissingError(
@@ -144,7 +152,15 @@ class AotInductor(EngineBackend):
         assert isinstance(source, TorchModel)
         (profile,) = options.profiles
         device = options.device
+        convolution = next((path for path, shape in source.banked.items() if len(shape) != 2), None)
+        if convolution is not None:
+            raise UsageError(
+                f"{convolution}: a convolution; aotinductor takes banks of linear layers only: adapt these alone, or build "
+                "a swappable artifact"
+            )
         spec = spec_of(source.base.config, source.dtype, timestep_per_sample=source.timestep_per_sample)
+        if source.bank is not None:
+            spec = banked_spec(spec)
         multiple = source.base.architecture.limits().get("height", Limit()).multiple
         model = load_model(source.base, source.dtype, progress=progress)
         merge_into_(model, source.adapters, progress=progress)
@@ -156,6 +172,8 @@ class AotInductor(EngineBackend):
                 "leave it out"
             )
         fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
+        placements = {} if fused is None else fused.placements
+        banked = _banked(cast(nn.Module, model), source, placements, device) if source.bank is not None else None
         if device == "cuda":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         feeds = {n: t.to(device) for n, t in random_feeds(spec, traced_sizes(profile)).items()}
@@ -171,12 +189,16 @@ class AotInductor(EngineBackend):
         path = folder / self.file_name
         start = time.perf_counter()
         try:
-            joined = compiled(cast(nn.Module, model), spec, feeds, profile, multiple, fused, path, settings, progress)
+            joined = compiled(
+                cast(nn.Module, model), spec, feeds, profile, multiple, fused, banked, path, settings, progress
+            )
         except Exception as error:  # tracer, compiler and linker each have their own
             raise ExportError(f"aotinductor does not compile this model: {_last_words(error)}") from error
         settings |= {"device": device, MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
             settings |= {"rewrites": fused.to_dict(), "joined": dict(joined)}
+        if banked is not None:
+            settings[BANK_INPUTS] = dict(banked.inputs)
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(
@@ -186,7 +208,8 @@ class AotInductor(EngineBackend):
             targets=(_target(device),),
             profiles=(profile,),
             settings=settings,
-            placements={} if fused is None else fused.placements,
+            placements=placements,
+            bank=source.bank,
         )
         return record, BuildReport(time.perf_counter() - start, path.stat().st_size)
 
@@ -218,6 +241,15 @@ class AotInductor(EngineBackend):
             own = source.record.device
             raise UsageError(f"{source.path}: this engine was built for {own}; use --device {own}")
         return AotInductorRunner(source, device)
+
+
+def _banked(model: nn.Module, source: TorchModel, placements: Mapping[str, Rows], device: Device) -> Banked:
+    """The model's adapted layers made to take a weight for every sample."""
+    shapes = constants_of(source.banked, placements, source.bank)
+    choice = Choice()
+    bank_(model, shapes, choice)
+    weights = {name: torch.zeros(shape, dtype=DTYPES[source.dtype], device=device) for name, shape in shapes.items()}
+    return Banked(choice, {name: f"bank_weight_{number}" for number, name in enumerate(shapes)}, weights)
 
 
 def _minor(version: str) -> str:

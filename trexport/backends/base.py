@@ -34,6 +34,10 @@ class TorchModel:
     """Keep the adapters factored instead of merging them."""
     timestep_per_sample: bool = False
     """`timestep` is (batch,)."""
+    bank: int | None = None
+    """Take an adapter for every sample, from so many places."""
+    banked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of a bank: layer → shape of its weight."""
 
 
 @final
@@ -72,6 +76,8 @@ class EngineRecord:
     """Adapted layer → shape of its weight, where adapters may come and go."""
     placements: Mapping[str, Rows] = field(default_factory=dict)
     """Layer → where its weight lies in one that several layers were made into."""
+    bank: int | None = None
+    """Of an engine that is given whole weights for every sample: how many places there are, beside the base's own."""
 
     @property
     def device(self) -> Device:
@@ -80,16 +86,8 @@ class EngineRecord:
 
     def constants(self) -> dict[str, tuple[int, ...]]:
         """The weights that may be replaced, by the engine's names, and their shapes: of adapted layers, or those that hold
-        them."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path, shape in self.layers.items():
-            place = self.placements.get(path)
-            if place is None:
-                found[f"{path}.weight"] = shape
-            else:
-                parts = [other for other in self.placements.values() if other.constant == place.constant]
-                found[place.constant] = (sum(part.rows for part in parts), *shape[1:])
-        return found
+        them. Of a bank they are stacks, the base's own weight first."""
+        return constants_of(self.layers, self.placements, self.bank)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -101,6 +99,7 @@ class EngineRecord:
             "settings": dict(self.settings),
             "layers": {path: list(shape) for path, shape in self.layers.items()},
             "placements": {path: rows.to_list() for path, rows in self.placements.items()},
+            "bank": self.bank,
         }
 
     @classmethod
@@ -115,7 +114,23 @@ class EngineRecord:
             settings=fields["settings"],
             layers={path: tuple(shape) for path, shape in fields["layers"].items()},
             placements={path: Rows(*rows) for path, rows in fields.get("placements", {}).items()},
+            bank=fields.get("bank"),
         )
+
+
+def constants_of(
+    layers: Mapping[str, tuple[int, ...]], placements: Mapping[str, Rows], bank: int | None
+) -> dict[str, tuple[int, ...]]:
+    """As `EngineRecord.constants`, of its fields."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, shape in layers.items():
+        place = placements.get(path)
+        if place is None:
+            found[f"{path}.weight"] = shape
+        else:
+            parts = [other for other in placements.values() if other.constant == place.constant]
+            found[place.constant] = (sum(part.rows for part in parts), *shape[1:])
+    return found if bank is None else {name: (bank + 1, *shape) for name, shape in found.items()}
 
 
 @final
@@ -264,7 +279,7 @@ class EngineBackend(AbstractBackend):
         """The options with defaults filled in; cheap, before anything is written.
 
         Args:
-            form: of the artifact that the engine is to be built from, see `trexport.manifest.Manifest`.
+            form: of the artifact that the engine is to be built from, see `trexport.manifest.Manifest`; `bank` of a bank.
 
         Raises:
             UsageError: an option that this backend has no notion of, or that cannot be.

@@ -16,8 +16,9 @@ from trexport.backends import Device, EngineFile, OnnxFile, TorchModel
 from trexport.bench.report import BackendResult
 from trexport.errors import UsageError
 from trexport.models.adapters import BoundAdapter
-from trexport.session.forms import BankForm, form_of
-from trexport.session.replaced import ReplacedForm
+from trexport.session.form import AbstractBank
+from trexport.session.forms import form_of
+from trexport.session.replaced import ReplacedBank, ReplacedForm
 from trexport.session.sources import chosen_in_bank, source_of
 
 _HOUR_MS = 3.6e6
@@ -115,14 +116,14 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         form.write([])
         _finish(device)
         start = time.perf_counter()
-        if isinstance(form, BankForm):
+        if isinstance(form, AbstractBank):
             form.put(1, prepared[0][0])
         else:
             form.write(prepared)
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
-    by = str(form.report) if isinstance(form, ReplacedForm) else None
+    by = str(form.report) if isinstance(form, (ReplacedForm, ReplacedBank)) else None
     return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size, by)
 
 

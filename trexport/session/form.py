@@ -9,7 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from trexport.errors import ArtifactError
+from trexport.errors import ArtifactError, UsageError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
 from trlora.swap import PreparedAdapter
@@ -72,3 +72,22 @@ class AdapterForm(ABC):
         if not fits and first is not None:
             raise first
         return Prepared(name, adapter.strength, fits)
+
+
+class AbstractBank(AdapterForm):
+    """A form in which every sample takes one of several adapters, each in a place of its own."""
+
+    places: int
+
+    @abstractmethod
+    def put(self, place: int, prepared: Prepared) -> None:
+        """Copy an adapter into a place, counted from 1: place 0 is for none.
+
+        Raises:
+            ArtifactError: what is written there would not be finite. The place is not to be used then.
+        """
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        """Nothing: what is active is put into a place, and chosen for every sample."""
+        if len(active) > 1:
+            raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")

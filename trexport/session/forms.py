@@ -17,8 +17,8 @@ from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
 from trexport.pristine import copy_of, stored_weights
-from trexport.session.form import AdapterForm, Prepared
-from trexport.session.replaced import ReplacedForm, pristine_of_engine
+from trexport.session.form import AbstractBank, AdapterForm, Prepared
+from trexport.session.replaced import ReplacedBank, ReplacedForm, pristine_of_engine
 
 
 @final
@@ -95,7 +95,7 @@ class SwappableForm(AdapterForm):
 
 
 @final
-class BankForm(AdapterForm):
+class BankForm(AbstractBank):
     """Stacks of cores are the buffers: an adapter is copied into a place once, and each sample says which place it takes."""
 
     def __init__(self, factored: Factored, device: Device) -> None:
@@ -107,12 +107,7 @@ class BankForm(AdapterForm):
     def slots(self) -> Sequence[Slot]:
         return [self._slot]
 
-    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        if len(active) > 1:
-            raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")
-
     def put(self, place: int, prepared: Prepared) -> None:
-        """Copy an adapter into a place, counted from 1: place 0 is for none."""
         for name, tensor in prepared.fits[0].items():
             self.buffers[name][place].copy_(tensor)
 
@@ -136,4 +131,8 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
     if artifact.manifest.factored is None:
         return None
     factored = factored_of(artifact)
+    record = artifact.engine_record if artifact.manifest.kind == "engine" else None
+    if record is not None and record.bank is not None:
+        (slot,) = factored.slots
+        return ReplacedBank(slot, pristine_of_engine(artifact, slot), device, record.bank, record.placements)
     return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)

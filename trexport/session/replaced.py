@@ -17,7 +17,7 @@ from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
 from trexport.models.rows import Rows
-from trexport.session.form import AdapterForm, Prepared
+from trexport.session.form import AbstractBank, AdapterForm, Prepared
 from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
 
@@ -63,14 +63,61 @@ class ReplacedForm(AdapterForm):
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         pairs = [(_on_device(prepared), strength) for prepared, strength in active]
         self.report = self._writer.write(pairs)
-        if self._writer.device.type == "cuda":
-            torch.cuda.synchronize()  # a runtime reads the buffers on a stream of its own
+        _finish(self.buffers)
         wrong = self._writer.not_finite(pairs)
         if wrong is not None:
             given = {prepared.name: strength for prepared, strength in active}
             raise ArtifactError(
                 f"{wrong}.weight: not finite with {given}; the strengths are too great for this precision"
             )
+
+
+@final
+class ReplacedBank(AbstractBank):
+    """Stacks of whole weights are the buffers, the base's own first: an adapter is written as by `ReplacedForm` and copied
+    into its place at strength 1; the engine scales the change.
+
+    Args:
+        slot, pristine, device, placements: as of `ReplacedForm`.
+        places: for adapters.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        pristine: Mapping[str, Tensor],
+        device: Device,
+        places: int,
+        placements: Mapping[str, Rows] | None = None,
+    ) -> None:
+        self.places = places
+        self._one = ReplacedForm(slot, pristine, device, placements)
+        self.buffers = {
+            name: weight.expand(places + 1, *weight.shape).clone() for name, weight in self._one.buffers.items()
+        }
+
+    @property
+    def report(self) -> SwapReport:
+        """How weights were written the last time."""
+        return self._one.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._one.slots()
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return self._one.prepare(name, adapter)
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        self._one.write([(prepared, 1.0)])
+        torch._foreach_copy_(
+            [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
+        )
+        _finish(self.buffers)
+
+
+def _finish(buffers: Mapping[str, Tensor]) -> None:
+    if any(tensor.is_cuda for tensor in buffers.values()):
+        torch.cuda.synchronize()  # a runtime reads the buffers on a stream of its own
 
 
 def _on_device(prepared: Prepared) -> PreparedAdapter:

@@ -22,8 +22,8 @@ from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.model import batch_of, fitted
 from trexport.session.adapters import AdapterStore
-from trexport.session.form import Prepared
-from trexport.session.forms import BankForm, form_of
+from trexport.session.form import AbstractBank, Prepared
+from trexport.session.forms import form_of
 from trexport.session.lock import ReadWriteLock
 from trexport.session.sources import backend_for, source_with
 
@@ -74,7 +74,7 @@ class Session:
         self.artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact, verify=verify)
         self.device: Device = device_of(device)
         self._form = form_of(self.artifact, self.device)
-        self._bank = self._form if isinstance(self._form, BankForm) else None
+        self._bank = self._form if isinstance(self._form, AbstractBank) else None
         # a batch of a bank needs as many at once as it has places
         least = 1 if self._bank is None else self._bank.places
         chosen = max(CAPACITY, least) if capacity is None else capacity

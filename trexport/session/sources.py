@@ -10,10 +10,12 @@ from torch import Tensor
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
 from trexport.backends import Device, EngineFile, OnnxFile, TorchModel
+from trexport.errors import UsageError
 from trexport.graph.factored import tensors_of
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
+from trexport.session.form import AbstractBank
 from trexport.session.forms import form_of
 
 
@@ -26,11 +28,18 @@ def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: De
         UsageError: more adapters than it takes at once.
     """
     manifest = artifact.manifest
-    if manifest.factored is not None:
+    whole = manifest.kind == "engine" and artifact.engine_record.bank is not None
+    if manifest.factored is not None and not whole:
         return {name: tensor.to(device) for name, tensor in tensors_of(factored_of(artifact), adapters).items()}
     form = form_of(artifact, device)
     if form is None:
         return {}
+    if isinstance(form, AbstractBank):
+        if len(adapters) > form.places:
+            raise UsageError(f"{len(adapters)} adapters given, this bank holds {form.places}")
+        for place, adapter in enumerate(adapters, 1):
+            form.put(place, form.prepare(adapter.name, adapter))
+        return form.buffers
     form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
     return form.buffers
 

@@ -1,4 +1,5 @@
-"""A bank: every sample of a batch with its own adapter, each as if it were drawn alone."""
+"""A bank: every sample of a batch with its own adapter, each as if it were drawn alone. In ONNX the cores of all adapters
+lie in it, in a package of AOTInductor whole weights."""
 
 from __future__ import annotations
 
@@ -10,25 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from tests.helpers import bits
 from tests.trexport.helpers import SIZES, drawn_by_torch
-from trexport.artifact import Artifact
-from trexport.errors import UsageError
+from trexport.artifact import Artifact, open_artifact
+from trexport.backends import BACKENDS, EngineFile, EngineOptions, engine_backend_of
+from trexport.bench.forms import cost_of, file_for
+from trexport.bench.run import BenchOptions, bench
+from trexport.engine import build_engine, usual_sizes
+from trexport.errors import ArtifactError, UsageError
+from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.factored import FactoredOptions
+from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
-from trexport.session import Session
+from trexport.parity.validate import ValidateOptions, validate
+from trexport.profile import parse_profile
+from trexport.session import Session, fed_tensors
+from trexport.session.sources import source_with
 
 ADAPTERS = {"a": "random:tlora:2:6", "b": "random:tlora:1:4=0.6", "c": "random:tlora:2:3", "d": "random:tlora:1:1"}
 """More than the two places."""
 
 
-@pytest.fixture
-def session(bank: Artifact) -> Iterator[Session]:
-    with Session(bank) as session:
+pytestmark = pytest.mark.slow  # one package is compiled for all
+
+
+@pytest.fixture(scope="module")
+def engine(bank: Artifact, base: Base, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A package of the bank, of a rewritten UNet, for 1 to 4 samples."""
+    out = tmp_path_factory.mktemp("engine") / "bank"
+    profile = parse_profile("1x8x8x5,2x8x8x5,4x8x8x5", bank.manifest.io, usual_sizes(bank, base))
+    options = EngineOptions((profile,), optimization_level=1)
+    build_engine(bank, base, open_adapters(["random:tlora:2:6"], base), out, engine_backend_of("aotinductor"), options)
+    return open_artifact(out)
+
+
+@pytest.fixture(params=["onnx", "engine"])
+def session(request: pytest.FixtureRequest, bank: Artifact) -> Iterator[Session]:
+    with Session(bank if request.param == "onnx" else request.getfixturevalue("engine")) as session:
         for name, argument in ADAPTERS.items():
             session.load_adapter(name, argument)
         yield session
@@ -232,11 +257,18 @@ def test_an_adapter_that_overflows_leaves_the_other_samples_alone(
 ) -> None:
     before = bits(session.run(feeds_of(session, 2))["out_sample"][1])
     session.load_adapter("huge", overflowing)
-    found = mixed(session, ["huge", None])
-    assert not found[0].isfinite().all()
-    assert bits(found[1]) == before
-    session.activate({"huge": 1.0})
-    session.deactivate()
+    if session.artifact.manifest.kind == "engine":  # whole weights are looked at before they are used
+        for refused in (lambda: mixed(session, ["huge", None]), lambda: session.activate({"huge": 1.0})):
+            with pytest.raises(ArtifactError, match="not finite"):
+                refused()
+        assert session.active == {}
+        check(session, base, ["a", "b"], None)
+    else:
+        found = mixed(session, ["huge", None])
+        assert not found[0].isfinite().all()
+        assert bits(found[1]) == before
+        session.activate({"huge": 1.0})
+        session.deactivate()
     assert bits(session.run(feeds_of(session, 2))["out_sample"][1]) == before
 
 
@@ -248,3 +280,45 @@ def test_strengths_are_numbers_one_a_sample(session: Session) -> None:
             session.activate({"a": wrong})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="0 strengths"):
         mixed(session, ["a", None], [])
+
+
+def test_a_bank_is_proved_and_measured_as_a_package(engine: Artifact, base: Base) -> None:
+    record = engine.engine_record
+    assert (engine.manifest.form, record.bank) == ("factored", 2)
+    assert {shape[0] for shape in record.constants().values()} == {3}
+    adapters = open_adapters(list(ADAPTERS.values())[:2], base)
+    report = validate(engine, base, adapters, "cpu", ValidateOptions((1, 500), (0,), 2, locate=False))
+    assert report.passed, report.failures
+    assert len({step.who for step in report.steps}) == 3  # each alone, and both in one batch
+    (first, _) = adapters
+    files = {"bank": file_for(engine, [first], "cpu")}
+    assert isinstance(files["bank"], EngineFile)
+    (result,) = bench(base, [first], {}, "cpu", BenchOptions(("aotinductor",), iterations=2), engines=files).results
+    assert result.relative_l2 <= 1e-5
+    assert cost_of(engine, [first], "cpu", result).form == "bank of 2"
+
+
+def test_without_its_weights_a_package_is_not_loaded(engine: Artifact) -> None:
+    with pytest.raises(ArtifactError, match="is not given"):
+        BACKENDS["aotinductor"].load(source_with(engine, {}), "cpu")
+
+
+def test_places_are_counted(engine: Artifact, base: Base) -> None:
+    with pytest.raises(UsageError, match="3 adapters given, this bank holds 2"):
+        fed_tensors(engine, open_adapters(list(ADAPTERS.values())[:3], base), "cpu")
+
+
+def test_a_bank_of_convolutions_is_refused(base: Base, tmp_path: Path) -> None:
+    name = "unet.down_blocks.0.resnets.0.conv1"
+    tensors = {f"{name}.lora_A.weight": torch.randn(2, 16, 3, 3), f"{name}.lora_B.weight": torch.randn(16, 2, 1, 1)}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    adapters = open_adapters([str(tmp_path / "a.safetensors")], base)
+    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=SIZES)
+    export_onnx(base, adapters, tmp_path / "onnx", options)
+    artifact = open_artifact(tmp_path / "onnx")
+    profile = parse_profile("2x8x8x5", artifact.manifest.io, usual_sizes(artifact, base))
+    with pytest.raises(UsageError, match="a convolution"):
+        build_engine(
+            artifact, base, adapters, tmp_path / "engine", engine_backend_of("aotinductor"), EngineOptions((profile,))
+        )
+    assert not (tmp_path / "engine").exists()

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -16,13 +17,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from trexport.backends.aoti.quiet import quiet
-from trexport.io_spec import ModelSpec, parts_of
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec, parts_of
+from trexport.models.bank import Choice
 from trexport.models.fused import FuseReport, join_
 from trexport.models.model import outputs_of
 from trexport.profile import Profile
 from trexport.progress import Progress
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@final
+@dataclass(frozen=True)
+class Banked:
+    """What a bank's package takes beside the spec's inputs."""
+
+    choice: Choice
+    """That the model's layers read."""
+    inputs: Mapping[str, str]
+    """Weight → the input that it is given by."""
+    weights: Mapping[str, Tensor]
+    """To trace with, on the model's device."""
+
+    @property
+    def feeds(self) -> dict[str, Tensor]:
+        return {key: self.weights[name] for name, key in self.inputs.items()}
 
 
 def compiled(
@@ -32,6 +51,7 @@ def compiled(
     profile: Profile,
     multiple: int,
     fused: FuseReport | None,
+    banked: Banked | None,
     path: Path,
     settings: Mapping[str, Any],
     progress: Progress,
@@ -42,6 +62,7 @@ def compiled(
         feeds: to trace with, on the model's device, of `traced_sizes`.
         multiple: of height and width.
         fused: how the model was rewritten, None where it was not.
+        banked: of a bank.
         settings: of Inductor.
 
     Returns:
@@ -53,7 +74,11 @@ def compiled(
     with quiet(), own_cache(), torch.no_grad():
         with progress.task("trace"):
             shapes = _dynamic_shapes(spec, profile, multiple)
-            program = torch.export.export(_Step(model, spec).eval(), (), dict(feeds), dynamic_shapes=shapes)
+            given = dict(feeds)
+            if banked is not None:
+                given |= banked.feeds
+                shapes |= dict.fromkeys(banked.feeds)
+            program = torch.export.export(_Step(model, spec, banked).eval(), (), given, dynamic_shapes=shapes)
             joined = _ready(program, fused)
         with progress.task("compile"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(settings))
@@ -73,18 +98,24 @@ class _Step(nn.Module):
     """The model as a function of tensors named as the spec's. It has the model's own children, so that the names of all
     parameters are the model's."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec, banked: Banked | None = None) -> None:
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
 
         def forward(**feeds: Tensor) -> Tensor | tuple[Tensor, ...]:
-            outputs = outputs_of(model, feeds)
+            if banked is None:
+                outputs = outputs_of(model, feeds)
+            else:
+                weights = {name: feeds.pop(key) for name, key in banked.inputs.items()}
+                with banked.choice.of(feeds[ADAPTER_INDEX], feeds[ADAPTER_STRENGTH], weights):
+                    outputs = outputs_of(model, feeds)
             return outputs[0] if len(outputs) == 1 else outputs
 
         # torch.export asks which arguments there are
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        named = inspect.Signature([inspect.Parameter(tensor.name, kind) for tensor in spec.inputs])
+        names = [*(tensor.name for tensor in spec.inputs), *(banked.inputs.values() if banked else ())]
+        named = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         forward.__signature__ = named  # type: ignore[attr-defined]
         self.forward = forward
 

@@ -11,24 +11,40 @@ from torch import Tensor
 from trexport.backends.aoti.quiet import quiet
 from trexport.backends.base import Device, EngineFile, Runner, Step
 from trexport.errors import ArtifactError, RunError, UsageError
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.model import DTYPES, fitted, sizes_of
 
 _WARM_UP = 3
 MULTIPLE = "height_width_multiple"
 """Where a record's settings say what height and width are multiples of."""
+BANK_INPUTS = "bank_inputs"
+"""Where those of a bank say by which input each weight is given."""
 
 
 @final
 class AotInductorRunner(Runner):
     """A loaded package. Weights given as `constants`, by the names of `EngineRecord.constants`, are used where they lie: who
-    overwrites them changes the next run."""
+    overwrites them changes the next run. Those of a bank are inputs of the package, and have to be given; its index and
+    strengths may be."""
 
     def __init__(self, source: EngineFile, device: Device) -> None:
         self.spec = source.spec
         self.device = device
         self._record = source.record
         (self._profile,) = source.record.profiles
+        chosen = {
+            name: tensor for name, tensor in source.constants.items() if name in (ADAPTER_INDEX, ADAPTER_STRENGTH)
+        }
+        self._chosen = chosen
         self._constants = self._checked_constants(source)
+        self._given: dict[str, Tensor] = {}
+        if source.record.bank is not None:
+            lacking = source.record.constants().keys() - self._constants.keys()
+            if lacking:
+                raise ArtifactError(f"{source.path}: {min(lacking)} is not given; a bank has no weights of its own")
+            inputs = source.record.settings[BANK_INPUTS]
+            self._given = {inputs[name]: tensor for name, tensor in self._constants.items()}
+            self._constants = {}
         try:
             with quiet():
                 # torch's own lock around a run cannot be captured in a CUDA graph
@@ -73,13 +89,14 @@ class AotInductorRunner(Runner):
     def close(self) -> None:
         self._model = None
         self._constants = {}
+        self._given = {}
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             with torch.no_grad():  # not inference mode: whoever has the output may write into it
-                found = self._model(**inputs)
+                found = self._model(**inputs, **self._given)
         except RuntimeError as error:
             raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
         outputs = found if isinstance(found, (tuple, list)) else (found,)
@@ -93,7 +110,7 @@ class AotInductorRunner(Runner):
         """
         inputs = {
             name: value.to(self.device, copy=True, memory_format=torch.contiguous_format)
-            for name, value in fitted(self.spec, feeds).items()
+            for name, value in fitted(self.spec, {**feeds, **self._chosen}).items()
         }
         sizes = sizes_of(self.spec, inputs)
         multiple = self._record.settings[MULTIPLE]
@@ -112,7 +129,8 @@ class AotInductorRunner(Runner):
         """
         dtype = DTYPES[self.spec.outputs[0].dtype]
         layers = source.record.constants()
-        for name, tensor in source.constants.items():
+        given = {name: tensor for name, tensor in source.constants.items() if name not in self._chosen}
+        for name, tensor in given.items():
             if name not in layers:
                 raise ArtifactError(f"{source.path}: {name} is no weight that this engine lets be replaced")
             if tuple(tensor.shape) != layers[name] or tensor.dtype != dtype:
@@ -120,7 +138,7 @@ class AotInductorRunner(Runner):
                     f"{source.path}: {name}: {tensor.dtype} of shape {list(tensor.shape)} found, expected {dtype} of "
                     f"{list(layers[name])}"
                 )
-        return {name: tensor.to(self.device).contiguous() for name, tensor in source.constants.items()}
+        return {name: tensor.to(self.device).contiguous() for name, tensor in given.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,89 @@
+"""A batch with an adapter of its own for every sample, in AOTInductor at the size of Stable Diffusion 1.5: a step against
+the merged model's with as many samples, and what it takes to put an adapter into a place.
+
+BENCH_PLACES (8), BENCH_LEVEL (1), BENCH_DTYPE (fp16); for a try on another machine BENCH_BASE (random:tiny), BENCH_DEVICE
+(cpu), BENCH_TMP.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmarks.forms_sd15 import ADAPTER
+from benchmarks.merge_sd15 import write_base
+from benchmarks.record import keep
+from trexport.artifact import Artifact, open_artifact
+from trexport.backends import Device, EngineFile, EngineOptions, engine_backend_of
+from trexport.bench.forms import cost_of, file_for
+from trexport.bench.run import BenchOptions, bench
+from trexport.engine import build_engine, default_profile
+from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.factored import FactoredOptions
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype
+from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.models.architectures import default_sizes
+from trexport.models.base import Base, open_base
+
+
+def main() -> None:
+    """Build both, measure side by side, keep."""
+    source = os.environ.get("BENCH_BASE", "random:sd15")
+    device = cast(Device, os.environ.get("BENCH_DEVICE", "cuda"))
+    dtype = cast(Dtype, os.environ.get("BENCH_DTYPE", "fp16"))
+    places, level = int(os.environ.get("BENCH_PLACES", "8")), int(os.environ.get("BENCH_LEVEL", "1"))
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as name:
+        base = open_base(str(write_base(Path(name) / "base", source)))
+        fields = run(base, Path(name), device, dtype, places, level)
+    if source == "random:sd15" and device == "cuda":
+        about = {"base": source, "adapter": ADAPTER, "places": places, "optimization_level": level}
+        keep(f"engine_bank_{dtype}", "python -m benchmarks engine-bank", device, about | fields)
+
+
+def run(base: Base, folder: Path, device: Device, dtype: Dtype, places: int, level: int) -> dict[str, Any]:
+    """Samples as many as places, each with a place of its own; the same adapter lies in all, which changes no time."""
+    (adapter,) = open_adapters([ADAPTER], base)
+    fixed = default_sizes(base.config) | {"batch_size": places}
+    forms: dict[str, dict[str, Any]] = {"merged": {}, "bank": {"factored": FactoredOptions(blank=True, bank=places)}}
+    engines = {
+        form: built(base, adapter, folder, form, ExportOptions(dtype, fixed=fixed, **fields), device, level)
+        for form, fields in forms.items()
+    }
+    many = [replace(adapter, name=f"{adapter.name} {place}") for place in range(1, places + 1)]
+    bank = file_for(engines["bank"], many, device)
+    merged = file_for(engines["merged"], [adapter], device)
+    assert isinstance(bank, EngineFile)
+    assert isinstance(merged, EngineFile)
+    chosen = {
+        ADAPTER_INDEX: torch.arange(1, places + 1),
+        ADAPTER_STRENGTH: torch.full((places,), adapter.strength),
+    }
+    files = {"merged": merged, f"bank of {places}": replace(bank, constants={**bank.constants, **chosen})}
+    options = BenchOptions(("aotinductor",), dtype=dtype, warm_up=5, iterations=40, sizes=fixed)
+    report = bench(base, [adapter], {}, device, options, engines=files)
+    del files, bank, merged
+    for result in report.results:
+        print(
+            f"{result.backend:12} {result.latency.median_ms:8.3f} ms, relative L2 {result.relative_l2:.1e}", flush=True
+        )
+    one, other = report.results
+    print(f"bank ÷ merged {other.latency.median_ms / one.latency.median_ms:.3f}")
+    cost = cost_of(engines["bank"], [adapter], device, other)
+    print(f"an adapter into a place: {cost.swap_ms:.3f} ms, {cost.swapped_by}")
+    return {"bench": report.to_dict(), "cost": asdict(cost)}
+
+
+def built(
+    base: Base, adapter: BoundAdapter, folder: Path, form: str, export: ExportOptions, device: Device, level: int
+) -> Artifact:
+    """One form as an engine."""
+    export_onnx(base, [adapter], folder / f"onnx-{form}", export)
+    exported = open_artifact(folder / f"onnx-{form}", verify=False)
+    options = EngineOptions((default_profile(exported, base),), device=device, optimization_level=level)
+    build_engine(exported, base, [adapter], folder / form, engine_backend_of("aotinductor"), options)
+    return open_artifact(folder / form, verify=False)
