@@ -57,7 +57,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
     add("--snr_gamma", type=float, help="weigh timesteps by min-SNR (arXiv 2303.09556); 5 is usual")
     add("--path", choices=("weight", "activations"), default="weight", help="how adapted layers are computed")
-    add("--compile", action="store_true", help="by torch.compile: minutes at the first step, then faster ones")
+    add("--compile", action="store_true", help="by torch.compile; the first step takes minutes")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="the adapter stays float32")
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere and later")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")

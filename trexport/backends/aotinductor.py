@@ -13,8 +13,8 @@ model.load_constants({"mid_block.attentions.0.proj_in.weight": w}, check_full_up
 From `--optimization-level 1` on, several linear layers of one input are one in the package (`trexport.models.fused`); the
 record's `placements` say in which constant, and where in it, a layer's weight lies.
 
-A bank's package takes weights as inputs, for every constant that holds adapted weights a stack of whole ones, the base's own
-first; the record's `bank_inputs` say by which names, `adapter_index` and `adapter_strength` which of them each sample takes.
+A bank's package takes weights as inputs, under their names with `__` for every dot: for every constant that holds adapted
+weights a stack of whole ones, the base's own first. `adapter_index` and `adapter_strength` say which each sample takes.
 
 Inputs are contiguous, of the dtypes in the manifest, on the package's device, inside its profile. torch takes constants of a
 wrong shape without a word and draws garbage: check them first, as the runner here does. A package is machine code: load only
@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from trexport.backends.aoti.compiling import Banked, compiled, traced_sizes
-from trexport.backends.aoti.runner import BANK_INPUTS, MULTIPLE, AotInductorRunner
+from trexport.backends.aoti.runner import MULTIPLE, AotInductorRunner, weight_input
 from trexport.backends.base import (
     Availability,
     BuildReport,
@@ -152,12 +152,6 @@ class AotInductor(EngineBackend):
         assert isinstance(source, TorchModel)
         (profile,) = options.profiles
         device = options.device
-        convolution = next((path for path, shape in source.banked.items() if len(shape) != 2), None)
-        if convolution is not None:
-            raise UsageError(
-                f"{convolution}: a convolution; aotinductor takes banks of linear layers only: adapt these alone, or build "
-                "a swappable artifact"
-            )
         spec = spec_of(source.base.config, source.dtype, timestep_per_sample=source.timestep_per_sample)
         if source.bank is not None:
             spec = banked_spec(spec)
@@ -197,8 +191,6 @@ class AotInductor(EngineBackend):
         settings |= {"device": device, MULTIPLE: multiple, "optimization_level": level}
         if fused is not None:
             settings |= {"rewrites": fused.to_dict(), "joined": dict(joined)}
-        if banked is not None:
-            settings[BANK_INPUTS] = dict(banked.inputs)
         if device == "cpu":
             settings |= {"isa": torch.backends.cpu.get_cpu_capability(), _FEATURES: _cpu_features()}
         record = EngineRecord(
@@ -249,7 +241,7 @@ def _banked(model: nn.Module, source: TorchModel, placements: Mapping[str, Rows]
     choice = Choice()
     bank_(model, shapes, choice)
     weights = {name: torch.zeros(shape, dtype=DTYPES[source.dtype], device=device) for name, shape in shapes.items()}
-    return Banked(choice, {name: f"bank_weight_{number}" for number, name in enumerate(shapes)}, weights)
+    return Banked(choice, {name: weight_input(name) for name in shapes}, weights)
 
 
 def _minor(version: str) -> str:

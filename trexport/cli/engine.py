@@ -87,7 +87,8 @@ def command(
     """Build a compiled engine from an artifact of `trexport onnx`.
 
     The engine has the artifact's form. Of a factored one and of a bank, strengths and cores are inputs, so that a swap is a
-    pointer; of a swappable one the adapted weights are replaced in place; no form needs a refit to change adapters.
+    pointer (aotinductor's bank takes whole weights, and no factored one); of a swappable one the adapted weights are
+    replaced in place; no form needs a refit to change adapters.
 
     tensorrt-rtx builds ahead of time, on a machine without a GPU too: give --target. aotinductor compiles PyTorch's own
     graph of the same model, for --device.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _ATEN = torch.ops.aten
@@ -23,10 +22,7 @@ def traced(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
         inputs: to trace it with. The program takes others of the same shapes, dtypes and devices.
     """
     program = make_fx(function)(*inputs)
-    nodes = list(program.graph.nodes)
-    if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes):
-        return program  # a view may be written through
-    for node in nodes:
+    for node in list(program.graph.nodes):
         _shorten(node)
     program.graph.eliminate_dead_code()
     program.recompile()

@@ -7,7 +7,7 @@ what stands between W0 and W' is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast, final
@@ -103,7 +103,9 @@ class Group:
         """`function(self, dtype, wanted, *inputs)`, traced once."""
         device = inputs[0].device
         key = function, dtype, wanted, tuple((tensor.dtype, tensor.device) for tensor in inputs)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), _products_for(dtype, device):
+        exact = dtype.itemsize <= 2 and self.layers[0].weight.dtype.itemsize <= 2
+        precise = tf32_products() if device.type == "cuda" and exact else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), precise:
             program = self.programs.get(key)
             if program is None:
                 program = traced(partial(function, self, dtype, wanted), *inputs)
@@ -160,14 +162,22 @@ class Build(torch.autograd.Function):
 
 
 @contextmanager
-def _products_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """With TF32 for products of float32 on CUDA, where the result is rounded to no more bits than TF32's own ten."""
-    if device.type != "cuda" or dtype.itemsize > 2:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def tf32_products() -> Iterator[None]:
+    """Products of float32 on CUDA in TF32: for weights that have no more bits than its ten, and results that are rounded to
+    as many. torch has two ways to say so, and refuses to read the older one where the newer one was used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        older = cast("bool | None", matmul.allow_tf32)
+    except RuntimeError:
+        older = None
+    if older is None:
+        matmul.fp32_precision = "tf32"
+    else:
+        matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if older is not None:
+            matmul.allow_tf32 = older
+        matmul.fp32_precision = before  # the older way does not know "as torch.backends.fp32_precision says"

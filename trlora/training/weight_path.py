@@ -81,8 +81,9 @@ class WeightPath:
         numbers = tuple(layer.strengths[self.name] for layer in group.layers)
         device = group.layers[0].weight.device
         known = self._known.get(group)
-        if known is None or known[0] != numbers or known[1].device != device:
-            known = numbers, torch.tensor(numbers, dtype=group.dtype, device=device)
+        if known is None or known[0] != numbers or (known[1].device, known[1].dtype) != (device, group.dtype):
+            with torch.inference_mode(False):  # a step may come after a picture
+                known = numbers, torch.tensor(numbers, dtype=group.dtype, device=device)
             self._known[group] = known
         return known[1]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,8 +22,6 @@ from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.engine import build_engine, usual_sizes
 from trexport.errors import ArtifactError, UsageError
-from trexport.graph.export import ExportOptions, export_onnx
-from trexport.graph.factored import FactoredOptions
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import random_feeds
@@ -291,9 +288,10 @@ def test_a_bank_is_proved_and_measured_as_a_package(engine: Artifact, base: Base
     assert report.passed, report.failures
     assert len({step.who for step in report.steps}) == 3  # each alone, and both in one batch
     (first, _) = adapters
-    files = {"bank": file_for(engine, [first], "cpu")}
-    assert isinstance(files["bank"], EngineFile)
-    (result,) = bench(base, [first], {}, "cpu", BenchOptions(("aotinductor",), iterations=2), engines=files).results
+    file = file_for(engine, [first], "cpu")
+    assert isinstance(file, EngineFile)
+    options = BenchOptions(("aotinductor",), iterations=2)
+    (result,) = bench(base, [first], {}, "cpu", options, engines={"bank": file}).results
     assert result.relative_l2 <= 1e-5
     assert cost_of(engine, [first], "cpu", result).form == "bank of 2"
 
@@ -308,17 +306,11 @@ def test_places_are_counted(engine: Artifact, base: Base) -> None:
         fed_tensors(engine, open_adapters(list(ADAPTERS.values())[:3], base), "cpu")
 
 
-def test_a_bank_of_convolutions_is_refused(base: Base, tmp_path: Path) -> None:
-    name = "unet.down_blocks.0.resnets.0.conv1"
-    tensors = {f"{name}.lora_A.weight": torch.randn(2, 16, 3, 3), f"{name}.lora_B.weight": torch.randn(16, 2, 1, 1)}
-    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
-    adapters = open_adapters([str(tmp_path / "a.safetensors")], base)
-    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=SIZES)
-    export_onnx(base, adapters, tmp_path / "onnx", options)
-    artifact = open_artifact(tmp_path / "onnx")
-    profile = parse_profile("2x8x8x5", artifact.manifest.io, usual_sizes(artifact, base))
-    with pytest.raises(UsageError, match="a convolution"):
-        build_engine(
-            artifact, base, adapters, tmp_path / "engine", engine_backend_of("aotinductor"), EngineOptions((profile,))
-        )
-    assert not (tmp_path / "engine").exists()
+@pytest.mark.parametrize("index", [[0, 3], [-1, 0]])
+def test_a_place_that_is_not_there_is_refused(index: list[int], engine: Artifact) -> None:
+    source = source_with(engine, fed_tensors(engine, [], "cpu"))
+    with BACKENDS["aotinductor"].load(source, "cpu") as runner:
+        feeds = random_feeds(engine.manifest.io, SIZES)
+        with pytest.raises(UsageError, match="adapter_index"):
+            runner(feeds | {"adapter_index": torch.tensor(index)})
+        assert runner(feeds | {"adapter_index": torch.tensor([2, 0])})["out_sample"].isfinite().all()

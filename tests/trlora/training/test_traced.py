@@ -26,7 +26,7 @@ def in_place(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unused(x: Tensor, y: Tensor) -> Tensor:
-    x @ y.T.reshape(4, 3) @ torch.ones(3, 2)
+    _ = x @ y.T.reshape(4, 3) @ torch.ones(3, 2)
     return x * 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import cast
 
 import pytest
@@ -177,14 +179,59 @@ def test_a_strength_may_change_between_two_steps() -> None:
             torch.testing.assert_close(model(x), plain(cast(Three, model), x))
 
 
-def test_a_frozen_parameter_gets_no_gradient() -> None:
+def test_a_frozen_parameter_gets_no_gradient_until_it_is_free_again() -> None:
     model = model_with(CASES[6])
-    frozen, *rest = trainable_parameters(model)
-    frozen.requires_grad_(False)
+    parameters = trainable_parameters(model)
+    first = parameters[0]
+    shared = [layer.adapters["default"].get_parameter("transform.core.0") for layer in adapted_modules(model).values()]
     x = torch.randn(3, IN, dtype=torch.float64)
-    wanted = torch.autograd.grad(plain(cast(Three, model), x).square().sum(), rest)
-    with WeightPath(model).built():
+    path = WeightPath(model)
+    for frozen in ([], [first], shared, []):  # one of a stack, and the whole of it
+        for parameter in parameters:
+            parameter.requires_grad_(not any(parameter is other for other in frozen)).grad = None
+        free = [parameter for parameter in parameters if parameter.requires_grad]
+        wanted = torch.autograd.grad(plain(cast(Three, model), x).square().sum(), free)
+        with path.built():
+            model(x).square().sum().backward()
+        assert all(parameter.grad is None for parameter in frozen)
+        for parameter, gradient in zip(free, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_pictures_and_another_dtype_in_between() -> None:
+    model = model_with(CASES[6], torch.float32)
+    path = WeightPath(model)
+    x = torch.randn(3, IN)
+    with torch.inference_mode(), path.built():
+        model(x)
+    with path.built():
         model(x).square().sum().backward()
-    assert frozen.grad is None
-    for parameter, gradient in zip(rest, wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+    model.double()
+    with path.built():
+        torch.testing.assert_close(model(x.double()), plain(cast(Three, model), x.double()))
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "b.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('high')", "b.fp32_precision = 'tf32'"]
+    + [f"b.cuda.matmul.fp32_precision = {value!r}" for value in ("tf32", "ieee")],
+)
+def test_tf32_is_asked_for_and_left_as_it_was(said: str) -> None:
+    script = f"""
+import torch
+from trlora.training.weight_group import tf32_products
+b = torch.backends
+{said}
+def state():
+    try:
+        older = b.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = None
+    return b.fp32_precision, b.cuda.matmul.fp32_precision, b.mkldnn.matmul.fp32_precision, older
+before = state()
+with tf32_products():
+    assert b.cuda.matmul.fp32_precision == "tf32"
+    assert (state()[3] is None) == (before[3] is None)
+assert state() == before, (state(), before)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
@@ -89,8 +90,17 @@ def _ready(program: ExportedProgram, fused: FuseReport | None) -> Mapping[str, i
     """What has to be done to a program before it is compiled."""
     # torch.export switches cuDNN off, and what fake convolutions answer then, a layout that is not cuDNN's, is kept for
     # whoever asks next: the compiler would read real outputs in a wrong order
-    FakeTensorMode.cache_clear()
+    for cache in fake_caches(program):
+        cache.clear()
     return join_(program) if fused is not None and fused.options.kernels == "triton" else {}
+
+
+def fake_caches(program: ExportedProgram) -> list[MutableMapping[Any, Any]]:
+    """Where torch keeps what fake tensors have answered: for all programs, and for those with the free sizes of this one."""
+    tensors = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    mode = detect_fake_mode(tensors)
+    own = [] if mode is None or mode.shape_env is None else [mode.shape_env.fake_tensor_cache]
+    return [FakeTensorMode.cache, *own]
 
 
 @final

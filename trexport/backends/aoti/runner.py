@@ -17,8 +17,11 @@ from trexport.models.model import DTYPES, fitted, sizes_of
 _WARM_UP = 3
 MULTIPLE = "height_width_multiple"
 """Where a record's settings say what height and width are multiples of."""
-BANK_INPUTS = "bank_inputs"
-"""Where those of a bank say by which input each weight is given."""
+
+
+def weight_input(name: str) -> str:
+    """By which input of a bank's package a weight is given."""
+    return name.replace(".", "__")
 
 
 @final
@@ -42,8 +45,7 @@ class AotInductorRunner(Runner):
             lacking = source.record.constants().keys() - self._constants.keys()
             if lacking:
                 raise ArtifactError(f"{source.path}: {min(lacking)} is not given; a bank has no weights of its own")
-            inputs = source.record.settings[BANK_INPUTS]
-            self._given = {inputs[name]: tensor for name, tensor in self._constants.items()}
+            self._given = {weight_input(name): tensor for name, tensor in self._constants.items()}
             self._constants = {}
         try:
             with quiet():
@@ -106,8 +108,10 @@ class AotInductorRunner(Runner):
         """The inputs, copied to where and how the compiled code expects them: it does not look itself.
 
         Raises:
-            UsageError: an input missing, or of a rank or size that the engine does not take.
+            UsageError: an input missing, or of a rank or size that the engine does not take; a place that the bank does not
+                have (of an index that comes from the CPU).
         """
+        self._check_places({**feeds, **self._chosen})
         inputs = {
             name: value.to(self.device, copy=True, memory_format=torch.contiguous_format)
             for name, value in fitted(self.spec, {**feeds, **self._chosen}).items()
@@ -120,6 +124,13 @@ class AotInductorRunner(Runner):
                 f"multiples of {multiple}; build one with a wider --profile"
             )
         return inputs
+
+    def _check_places(self, feeds: Mapping[str, Tensor]) -> None:
+        places, index = self._record.bank, feeds.get(ADAPTER_INDEX)
+        if places is None or index is None or index.device.type != "cpu":
+            return
+        if not bool(((index >= 0) & (index <= places)).all()):
+            raise UsageError(f"{ADAPTER_INDEX}: {index.tolist()} found, expected 0 for the base, and 1 to {places}")
 
     def _checked_constants(self, source: EngineFile) -> dict[str, Tensor]:
         """Weights to put in the place of the package's own, on the device. torch itself would take any shape.
