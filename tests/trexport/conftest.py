@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trexport.helpers import SIZES, write_model
+from tests.trexport.helpers import SIZES, write_model, write_overflowing
 from trexport.artifact import Artifact, open_artifact
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
@@ -109,15 +109,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Artifact:
 @pytest.fixture(scope="session")
 def overflowing(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
     """An adapter of finite tensors whose products are not."""
-    folder = tmp_path_factory.mktemp("adapter") / "overflowing"
-    (bound,) = open_adapters(["random:tlora:2:6"], base)
-    with torch.no_grad():
-        for parts in bound.adapter.layers.values():
-            for part in (parts.transform, parts.residual):
-                for parameter in part.parameters() if part is not None else ():
-                    parameter *= 1e15
-    save_adapter(bound.adapter, folder)
-    return folder
+    return write_overflowing(base, tmp_path_factory.mktemp("adapter") / "overflowing")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from trexport.cli import main
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import attach_all_, first_output, load_model
-from trlora import load_adapter
+from trlora import load_adapter, save_adapter
 
 SIZES = {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 5}
 
@@ -64,6 +64,18 @@ def drawn_by_torch(base: Base, adapters: Sequence[str], feeds: Mapping[str, Tens
     attach_all_(model, open_adapters(adapters, base))
     with torch.inference_mode():
         return first_output(model, feeds)
+
+
+def write_overflowing(base: Base, folder: Path) -> Path:
+    """An adapter of finite tensors whose products are not."""
+    (bound,) = open_adapters(["random:tlora:2:6"], base)
+    with torch.no_grad():
+        for parts in bound.adapter.layers.values():
+            for part in (parts.transform, parts.residual):
+                for parameter in part.parameters() if part is not None else ():
+                    parameter *= 1e15
+    save_adapter(bound.adapter, folder)
+    return folder
 
 
 def copy_of(folder: Path, target: Path) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast, final
 
 import torch
@@ -20,6 +20,8 @@ from trlora.layers import AdaptedLayer, LayerAdapter
 from trlora.training.traced import traced
 
 _Function = Callable[..., Any]
+_KINDS = 256
+"""Of groups, whose programs are kept."""
 
 
 @final
@@ -47,13 +49,17 @@ class Group:
     places: tuple[tuple[nn.Module, str], ...]
     """Where the parameters of all layers are: one name's after another, of a name one layer's after another."""
     compiled: bool
-    programs: dict[object, Callable[..., Any]] = field(default_factory=dict)
+    shared: dict[object, Callable[..., Any]]
+    """Programs that were traced, which takes some tenths of a second each: of all groups of the kind."""
+    own: dict[object, Callable[..., Any]] = field(default_factory=dict)
+    """Those with tensors of this group in them."""
 
     @classmethod
-    def of(cls, layers: Sequence[AdaptedLayer], name: str, *, compiled: bool) -> Group:
+    def of(cls, layers: Sequence[AdaptedLayer], name: str, kind: object, *, compiled: bool) -> Group:
         """
         Args:
             name: of the adapter, the only one of each layer.
+            kind: what the layers have in common.
             compiled: by `torch.compile`.
         """
         functions = [_Whole(cast(LayerAdapter, layer.adapters[name])) for layer in layers]
@@ -66,6 +72,7 @@ class Group:
             names,
             tuple((function.get_submodule(owner), key) for owner, _, key, function in places),
             compiled,
+            _programs_of((kind, len(layers), compiled)),
         )
 
     @property
@@ -106,13 +113,20 @@ class Group:
         exact = dtype.itemsize <= 2 and self.layers[0].weight.dtype.itemsize <= 2
         precise = tf32_products() if device.type == "cuda" and exact else nullcontext()
         with torch.no_grad(), torch.autocast(device.type, enabled=False), precise:
-            program = self.programs.get(key)
+            program = self.own.get(key, self.shared.get(key))
             if program is None:
-                program = traced(partial(function, self, dtype, wanted), *inputs)
-                if self.compiled:
-                    program = torch.compile(program, dynamic=False)
-                self.programs[key] = program
+                graph = traced(partial(function, self, dtype, wanted), *inputs)
+                program = torch.compile(graph, dynamic=False) if self.compiled else graph
+                holds_tensors = any(node.op == "get_attr" for node in graph.graph.nodes)
+                (self.own if holds_tensors else self.shared)[key] = program
             return program(*inputs)
+
+
+@lru_cache(maxsize=_KINDS)
+def _programs_of(key: object) -> dict[object, Callable[..., Any]]:
+    """Of all groups of a kind: a second model's are not traced again."""
+    del key
+    return {}
 
 
 def _forward(group: Group, dtype: torch.dtype, wanted: tuple[bool, ...], *inputs: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ class WeightPath:
             alike.setdefault(_kind(layer, name), []).append(layer)
         self._groups: list[Group] = []
         self._known: dict[Group, tuple[tuple[float, ...], Tensor]] = {}
-        for group in alike.values():
+        for kind, group in alike.items():
             most = max(1, _TOGETHER // group[0].weight.numel())
             for first in range(0, len(group), most):
-                self._groups.append(Group.of(group[first : first + most], name, compiled=compiled))
+                self._groups.append(Group.of(group[first : first + most], name, kind, compiled=compiled))
 
     @contextmanager
     def built(self) -> Iterator[None]:

@@ -12,18 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from tests.helpers import bits
-from tests.trexport.helpers import SIZES, drawn_by_torch
+from tests.trexport.helpers import SIZES, drawn_by_torch, write_overflowing
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, EngineFile, EngineOptions, engine_backend_of
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.engine import build_engine, usual_sizes
 from trexport.errors import ArtifactError, UsageError
+from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.factored import FactoredOptions
 from trexport.models.adapters import open_adapters
-from trexport.models.base import Base
+from trexport.models.architectures import RANDOM
+from trexport.models.base import Base, open_base
 from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
@@ -36,6 +40,33 @@ ADAPTERS = {"a": "random:tlora:2:6", "b": "random:tlora:1:4=0.6", "c": "random:t
 
 
 pytestmark = pytest.mark.slow  # one package is compiled for all
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A UNet of one level, compiled in half the time."""
+    blocks = {"block_out_channels": [16], "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    model = UNet2DConditionModel.from_config(RANDOM["tiny"] | blocks)
+    assert isinstance(model, UNet2DConditionModel)
+    folder = tmp_path_factory.mktemp("base") / "unet"
+    model.save_pretrained(folder)
+    return open_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Artifact:
+    """Of two places, blank, the batch free."""
+    folder = tmp_path_factory.mktemp("onnx") / "bank"
+    fixed = {axis: size for axis, size in SIZES.items() if axis != "batch_size"}
+    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=fixed)
+    export_onnx(base, open_adapters(["random:tlora:2:6"], base), folder, options)
+    return open_artifact(folder)
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Path:
+    """An adapter of finite tensors whose products are not."""
+    return write_overflowing(base, tmp_path_factory.mktemp("adapter") / "overflowing")
 
 
 @pytest.fixture(scope="module")

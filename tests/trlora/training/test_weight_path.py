@@ -211,27 +211,56 @@ def test_pictures_and_another_dtype_in_between() -> None:
         torch.testing.assert_close(model(x.double()), plain(cast(Three, model), x.double()))
 
 
-@pytest.mark.parametrize(
-    "said",
-    ["", "b.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('high')", "b.fp32_precision = 'tf32'"]
-    + [f"b.cuda.matmul.fp32_precision = {value!r}" for value in ("tf32", "ieee")],
-)
-def test_tf32_is_asked_for_and_left_as_it_was(said: str) -> None:
-    script = f"""
-import torch
+def test_tf32_is_asked_for_and_left_as_it_was() -> None:
+    """In whichever of torch's two ways a user has spoken before; each in a process of its own."""
+    script = """
+import os, torch
 from trlora.training.weight_group import tf32_products
 b = torch.backends
-{said}
 def state():
     try:
         older = b.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:
         older = None
     return b.fp32_precision, b.cuda.matmul.fp32_precision, b.mkldnn.matmul.fp32_precision, older
-before = state()
-with tf32_products():
-    assert b.cuda.matmul.fp32_precision == "tf32"
-    assert (state()[3] is None) == (before[3] is None)
-assert state() == before, (state(), before)
+def look(said):
+    exec(said)
+    before = state()
+    with tf32_products():
+        assert b.cuda.matmul.fp32_precision == "tf32"
+        assert (state()[3] is None) == (before[3] is None)
+    assert state() == before, (said, state(), before)
+for said in (
+    "", "b.cuda.matmul.allow_tf32 = True", "torch.set_float32_matmul_precision('high')", "b.fp32_precision = 'tf32'",
+    "b.cuda.matmul.fp32_precision = 'tf32'", "b.cuda.matmul.fp32_precision = 'ieee'",
+):
+    if os.fork() == 0:
+        try:
+            look(said)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    assert os.wait()[1] == 0, said
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@each_case
+def test_another_models_programs_are_its_own_or_fit(case: Case) -> None:
+    """What was traced for one model is run for the next one of its kind, with that one's tensors."""
+    x = torch.randn(3, IN, dtype=torch.float64)
+    for seed in range(3):
+        model = cast(Three, model_with(case, strength=0.3 + seed))
+        for number, layer in enumerate(adapted_modules(model).values()):
+            trained(layer.adapters["default"], seed=10 * seed + number, amount=0.1)
+            layer.adapters["default"].to(torch.float64)
+        parameters = trainable_parameters(model)
+        wanted = plain(model, x)
+        gradients = torch.autograd.grad(wanted.square().sum(), parameters)
+        with WeightPath(model).built():
+            found = model(x)
+            own = torch.autograd.grad(found.square().sum(), parameters)
+        torch.testing.assert_close(found, wanted)
+        for one, other in zip(own, gradients, strict=True):
+            torch.testing.assert_close(one, other)
