@@ -109,7 +109,7 @@ TRLORA_STOREYS = [
 ]
 TREXPORT_STOREYS = [
     {"", "errors"},
-    {"io_spec", "progress", "hashing", "disk", "jsonable", "cores", "cpp_compiler"},
+    {"io_spec", "progress", "hashing", "disk", "jsonable", "cores", "cpp_compiler", "cuda_graph"},
     {"manifest", "profile", "formats"},
     {"models"},
     {"graph", "merging", "fit"},

@@ -101,14 +101,12 @@ def build_engine(
             if record.bank is None:
                 pristine = pristine_weights(artifact)
             else:
-                names = {f"{path}.weight" for slot in slots_of(artifact) for path in slot.layers}
-                pristine = _weights_of(base, names, manifest.dtype)
+                pristine = _weights_of(base, {f"{path}.weight" for path in _adapted(artifact)}, manifest.dtype)
             pristine |= neighbours(base, record, pristine, manifest.dtype)
             safetensors.torch.save_file(pristine, inner / ADAPTED_NAME)
         layers: dict[str, tuple[int, ...]] = {}
         if takes_adapters:
-            shapes = layer_shapes(artifact)
-            layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+            layers = _adapted(artifact)
         elif options.refit is not None:  # what a refit has to set back
             shapes = base.weight_shapes()
             layers = {path: shapes[path] for path in layers_of(adapters)}
@@ -189,6 +187,12 @@ def _weights_of(base: Base, names: Collection[str], dtype: Dtype) -> dict[str, T
     }
 
 
+def _adapted(artifact: Artifact) -> dict[str, tuple[int, ...]]:
+    """The layers that take adapters, and the shapes of their weights."""
+    shapes = layer_shapes(artifact)
+    return {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+
+
 def _bank_of(artifact: Artifact) -> int | None:
     """How many places an artifact has for adapters of samples; None where it is no bank."""
     return None if artifact.manifest.factored is None else factored_of(artifact).bank
@@ -230,10 +234,7 @@ def source_for(
         timestep = next((tensor.axes for tensor in manifest.io.inputs if tensor.name == "timestep"), ())
         bank = _bank_of(artifact)
         merged = () if manifest.swappable is not None or bank is not None else adapters
-        layers: dict[str, tuple[int, ...]] = {}
-        if bank is not None:
-            shapes = layer_shapes(artifact)
-            layers = {path: shapes[path] for slot in slots_of(artifact) for path in slot.layers}
+        layers = _adapted(artifact) if bank is not None else {}
         return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep), bank=bank, banked=layers)
     if manifest.kind != "onnx":
         raise UsageError(

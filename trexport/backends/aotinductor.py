@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from trexport.backends.aoti.compiling import Banked, compiled, traced_sizes
-from trexport.backends.aoti.runner import MULTIPLE, AotInductorRunner, weight_input
+from trexport.backends.aoti.runner import MULTIPLE, AotInductorRunner
 from trexport.backends.base import (
     Availability,
     BuildReport,
@@ -241,7 +241,7 @@ def _banked(model: nn.Module, source: TorchModel, placements: Mapping[str, Rows]
     choice = Choice()
     bank_(model, shapes, choice)
     weights = {name: torch.zeros(shape, dtype=DTYPES[source.dtype], device=device) for name, shape in shapes.items()}
-    return Banked(choice, {name: weight_input(name) for name in shapes}, weights)
+    return Banked(choice, weights)
 
 
 def _minor(version: str) -> str:

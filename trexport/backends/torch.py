@@ -19,10 +19,9 @@ from trexport.backends.base import (
     Step,
     TorchModel,
 )
+from trexport.cuda_graph import captured
 from trexport.errors import MissingError
 from trexport.models.model import attach_all_, load_model, merge_into_, outputs_of, spread_timestep
-
-_WARM_UP = 3
 
 
 @final
@@ -61,15 +60,7 @@ class _TorchRunner(Runner):
                         buffers[name].copy_(output)
 
             return Step(run, inputs, buffers)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._run(inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            buffers = self._run(inputs)
+        graph, buffers = captured(lambda: self._run(inputs))
         return Step(graph.replay, inputs, buffers)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.helpers import bits
 from tests.trexport.helpers import SIZES, drawn_by_torch, write_overflowing
 from trexport.artifact import Artifact, open_artifact
-from trexport.backends import BACKENDS, EngineFile, EngineOptions, engine_backend_of
+from trexport.backends import BACKENDS, EngineFile, EngineOptions, OnnxFile, engine_backend_of
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.engine import build_engine, usual_sizes
@@ -310,7 +310,7 @@ def test_strengths_are_numbers_one_a_sample(session: Session) -> None:
         mixed(session, ["a", None], [])
 
 
-def test_a_bank_is_proved_and_measured_as_a_package(engine: Artifact, base: Base) -> None:
+def test_a_bank_is_proved_and_measured_as_a_package(bank: Artifact, engine: Artifact, base: Base) -> None:
     record = engine.engine_record
     assert (engine.manifest.form, record.bank) == ("factored", 2)
     assert {shape[0] for shape in record.constants().values()} == {3}
@@ -318,13 +318,14 @@ def test_a_bank_is_proved_and_measured_as_a_package(engine: Artifact, base: Base
     report = validate(engine, base, adapters, "cpu", ValidateOptions((1, 500), (0,), 2, locate=False))
     assert report.passed, report.failures
     assert len({step.who for step in report.steps}) == 3  # each alone, and both in one batch
-    (first, _) = adapters
-    file = file_for(engine, [first], "cpu")
-    assert isinstance(file, EngineFile)
-    options = BenchOptions(("aotinductor",), iterations=2)
-    (result,) = bench(base, [first], {}, "cpu", options, engines={"bank": file}).results
-    assert result.relative_l2 <= 1e-5
-    assert cost_of(engine, [first], "cpu", result).form == "bank of 2"
+    files = [file_for(artifact, adapters, "cpu") for artifact in (bank, engine)]
+    assert isinstance(files[0], OnnxFile)
+    assert isinstance(files[1], EngineFile)
+    options = BenchOptions(("onnxruntime", "aotinductor"), iterations=2)
+    report = bench(base, adapters, {"bank": files[0]}, "cpu", options, engines={"bank": files[1]})
+    for result in report.results:  # with the first of the two
+        assert result.relative_l2 <= 1e-5
+    assert cost_of(engine, adapters, "cpu", report.results[1]).form == "bank of 2"
 
 
 def test_without_its_weights_a_package_is_not_loaded(engine: Artifact) -> None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from trexport.backends.aoti.quiet import quiet
+from trexport.backends.aoti.runner import weight_input
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec, parts_of
 from trexport.models.bank import Choice
 from trexport.models.fused import FuseReport, join_
@@ -35,14 +36,13 @@ class Banked:
 
     choice: Choice
     """That the model's layers read."""
-    inputs: Mapping[str, str]
-    """Weight → the input that it is given by."""
     weights: Mapping[str, Tensor]
-    """To trace with, on the model's device."""
+    """To trace with, on the model's device, by name."""
 
     @property
     def feeds(self) -> dict[str, Tensor]:
-        return {key: self.weights[name] for name, key in self.inputs.items()}
+        """The same, by input."""
+        return {weight_input(name): weight for name, weight in self.weights.items()}
 
 
 def compiled(
@@ -117,14 +117,14 @@ class _Step(nn.Module):
             if banked is None:
                 outputs = outputs_of(model, feeds)
             else:
-                weights = {name: feeds.pop(key) for name, key in banked.inputs.items()}
+                weights = {name: feeds.pop(weight_input(name)) for name in banked.weights}
                 with banked.choice.of(feeds[ADAPTER_INDEX], feeds[ADAPTER_STRENGTH], weights):
                     outputs = outputs_of(model, feeds)
             return outputs[0] if len(outputs) == 1 else outputs
 
         # torch.export asks which arguments there are
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        names = [*(tensor.name for tensor in spec.inputs), *(banked.inputs.values() if banked else ())]
+        names = [*(tensor.name for tensor in spec.inputs), *(banked.feeds if banked else ())]
         named = inspect.Signature([inspect.Parameter(name, kind) for name in names])
         forward.__signature__ = named  # type: ignore[attr-defined]
         self.forward = forward

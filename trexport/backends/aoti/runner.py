@@ -10,11 +10,11 @@ from torch import Tensor
 
 from trexport.backends.aoti.quiet import quiet
 from trexport.backends.base import Device, EngineFile, Runner, Step
+from trexport.cuda_graph import captured
 from trexport.errors import ArtifactError, RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.model import DTYPES, fitted, sizes_of
 
-_WARM_UP = 3
 MULTIPLE = "height_width_multiple"
 """Where a record's settings say what height and width are multiples of."""
 
@@ -35,10 +35,9 @@ class AotInductorRunner(Runner):
         self.device = device
         self._record = source.record
         (self._profile,) = source.record.profiles
-        chosen = {
+        self._chosen = {
             name: tensor for name, tensor in source.constants.items() if name in (ADAPTER_INDEX, ADAPTER_STRENGTH)
         }
-        self._chosen = chosen
         self._constants = self._checked_constants(source)
         self._given: dict[str, Tensor] = {}
         if source.record.bank is not None:
@@ -77,15 +76,7 @@ class AotInductorRunner(Runner):
                     buffers[name].copy_(tensor)
 
             return Step(run, inputs, buffers)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._run(inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            buffers = self._run(inputs)
+        graph, buffers = captured(lambda: self._run(inputs))
         return Step(graph.replay, inputs, buffers)
 
     def close(self) -> None:
