@@ -17,6 +17,7 @@ from benchmarks import (
     merge_sd15,
     onnx_sd15,
     ort_passes,
+    recipes,
     step_gpu,
     step_variants,
     swap,
@@ -40,9 +41,14 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
     ),
     "triton": ("a step of the sample through Triton against the session itself", False, triton_serving.main),
     "training": (
-        "a training step of random:sd15, TLoRA(2, 6) on both paths against PEFT's LoRA of rank 4: time, memory",
+        "a training step of random:sd15, TLoRA(2, 6) against PEFT's LoRA of rank 4, eager and compiled: time, memory",
         True,
         training.main,
+    ),
+    "recipes": (
+        "examples/training on random:sd15 and random:sdxl: both recipes for some steps, to an adapter that merges",
+        True,
+        recipes.main,
     ),
     "engine-gpu": (
         "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",

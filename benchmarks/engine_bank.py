@@ -15,18 +15,18 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.engines import build_all
 from benchmarks.forms_sd15 import ADAPTER
 from benchmarks.merge_sd15 import write_base
 from benchmarks.record import keep
-from trexport.artifact import Artifact, open_artifact
-from trexport.backends import Device, EngineFile, EngineOptions, engine_backend_of
+from trexport.artifact import open_artifact
+from trexport.backends import Device, EngineFile
 from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
-from trexport.engine import build_engine, default_profile
-from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.export import ExportOptions
 from trexport.graph.factored import FactoredOptions
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype
-from trexport.models.adapters import BoundAdapter, open_adapters
+from trexport.models.adapters import open_adapters
 from trexport.models.architectures import default_sizes
 from trexport.models.base import Base, open_base
 
@@ -50,10 +50,10 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype, places: int, lev
     (adapter,) = open_adapters([ADAPTER], base)
     fixed = default_sizes(base.config) | {"batch_size": places}
     forms: dict[str, dict[str, Any]] = {"merged": {}, "bank": {"factored": FactoredOptions(blank=True, bank=places)}}
-    engines = {
-        form: built(base, adapter, folder, form, ExportOptions(dtype, fixed=fixed, **fields), device, level)
-        for form, fields in forms.items()
-    }
+    assert base.folder is not None
+    exports = {form: ExportOptions(dtype, fixed=fixed, **fields) for form, fields in forms.items()}
+    build = build_all(base.folder, folder, exports, device, level)
+    engines = {form: open_artifact(folder / form, verify=False) for form in forms}
     many = [replace(adapter, name=f"{adapter.name} {place}") for place in range(1, places + 1)]
     bank = file_for(engines["bank"], many, device)
     merged = file_for(engines["merged"], [adapter], device)
@@ -75,15 +75,4 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype, places: int, lev
     print(f"bank ÷ merged {other.latency.median_ms / one.latency.median_ms:.3f}")
     cost = cost_of(engines["bank"], [adapter], device, other)
     print(f"an adapter into a place: {cost.swap_ms:.3f} ms, {cost.swapped_by}")
-    return {"bench": report.to_dict(), "cost": asdict(cost)}
-
-
-def built(
-    base: Base, adapter: BoundAdapter, folder: Path, form: str, export: ExportOptions, device: Device, level: int
-) -> Artifact:
-    """One form as an engine."""
-    export_onnx(base, [adapter], folder / f"onnx-{form}", export)
-    exported = open_artifact(folder / f"onnx-{form}", verify=False)
-    options = EngineOptions((default_profile(exported, base),), device=device, optimization_level=level)
-    build_engine(exported, base, [adapter], folder / form, engine_backend_of("aotinductor"), options)
-    return open_artifact(folder / form, verify=False)
+    return {"build": build, "bench": report.to_dict(), "cost": asdict(cost)}

@@ -1,28 +1,28 @@
-"""AOTInductor at the size of Stable Diffusion 1.5 on a GPU, fp16: a step, a build, a swap, a session's promises.
+"""AOTInductor at the size of Stable Diffusion 1.5 on a GPU, fp16: a step, a build, a swap, a session's promises; beside
+ONNX Runtime where that is.
 
-BENCH_LEVEL is `--optimization-level`. For a try on another machine: BENCH_BASE (random:tiny), BENCH_DEVICE (cpu),
-BENCH_DTYPE (fp32), BENCH_TMP.
+BENCH_LEVEL is `--optimization-level`, BENCH_DTYPE fp16 or bf16, BENCH_BASE random:sd15 or random:sdxl. For a try on another
+machine: BENCH_BASE (random:tiny), BENCH_DEVICE (cpu), BENCH_DTYPE (fp32), BENCH_TMP.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from benchmarks.engines import build_all
 from benchmarks.forms_gpu import switch
 from benchmarks.forms_sd15 import ADAPTER
 from benchmarks.merge_sd15 import write_base
 from benchmarks.record import keep
-from trexport.artifact import Artifact, open_artifact
-from trexport.backends import BACKENDS, Device, EngineFile, EngineOptions, OnnxFile, engine_backend_of
+from trexport.artifact import open_artifact
+from trexport.backends import BACKENDS, Device, EngineFile, OnnxFile
 from trexport.bench.forms import cost_of, file_for, report_forms
 from trexport.bench.run import BenchOptions, bench
-from trexport.engine import build_engine, default_profile
-from trexport.graph.export import ExportOptions, export_onnx
+from trexport.graph.export import ExportOptions
 from trexport.graph.swappable import SwappableOptions
 from trexport.io_spec import Dtype
 from trexport.models.adapters import open_adapters
@@ -42,42 +42,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as name:
         base = open_base(str(write_base(Path(name) / "base", source)))
         fields = run(base, Path(name), device, dtype, level)
-    if source == "random:sd15" and device == "cuda":
+    if source in ("random:sd15", "random:sdxl") and device == "cuda":
         about = {"base": source, "adapter": ADAPTER, "optimization_level": level}
-        name = f"engine_gpu_{dtype}" + (f"_level{level}" if level else "")
-        keep(name, f"python -m benchmarks engine-gpu  # BENCH_LEVEL={level}", device, about | fields)
+        name = "engine_gpu" + ("_sdxl" if source == "random:sdxl" else "")
+        name += f"_{dtype}" + (f"_level{level}" if level else "")
+        variables = f"BENCH_LEVEL={level} BENCH_DTYPE={dtype} BENCH_BASE={source}"
+        keep(name, f"python -m benchmarks engine-gpu  # {variables}", device, about | fields)
 
 
 def run(base: Base, folder: Path, device: Device, dtype: Dtype, level: int) -> dict[str, Any]:
     """Both forms of one base."""
     adapters = open_adapters([ADAPTER], base)
-    fields: dict[str, Any] = {"build": {}, "parity": {}}
-    engines: dict[str, Artifact] = {}
+    fixed = default_sizes(base.config)
+    assert base.folder is not None
+    exports = {form: ExportOptions(dtype, fixed=fixed, **options) for form, options in FORMS.items()}
+    fields: dict[str, Any] = {"build": build_all(base.folder, folder, exports, device, level), "parity": {}}
+    engines = {form: open_artifact(folder / form, verify=False) for form in FORMS}
     onnx: dict[str, OnnxFile] = {}
-    for form, options in FORMS.items():
-        fixed = default_sizes(base.config)
-        export_onnx(base, adapters, folder / f"onnx-{form}", ExportOptions(dtype, fixed=fixed, **options))
-        exported = open_artifact(folder / f"onnx-{form}", verify=False)
-        if form == "merged" and BACKENDS["onnxruntime"].availability(device).ok:
-            onnx[""] = OnnxFile(exported.onnx_path, exported.manifest.io)
-        start = time.perf_counter()
-        built = build_engine(
-            exported,
-            base,
-            adapters,
-            folder / form,
-            engine_backend_of("aotinductor"),
-            EngineOptions((default_profile(exported, base),), device=device, optimization_level=level),
-        )
-        assert built is not None
-        compile_seconds = built[1].seconds
-        total = time.perf_counter() - start
-        size = built[1].size_bytes
-        fields["build"][form] = {"compile_seconds": compile_seconds, "seconds": total, "size_bytes": size}
-        print(f"{form}: built in {total:.0f} s, compiled in {compile_seconds:.0f} s, {size / 1e9:.2f} GB", flush=True)
-        engines[form] = open_artifact(folder / form, verify=False)
+    if BACKENDS["onnxruntime"].availability(device).ok:
+        exported = open_artifact(folder / "onnx-merged", verify=False)
+        onnx[""] = OnnxFile(exported.onnx_path, exported.manifest.io)
+    for form, engine in engines.items():
         checks = ValidateOptions(timesteps=(1, 500), seeds=(0,), trajectory_steps=0, locate=False)
-        parity = validate(engines[form], base, adapters, device, checks)
+        parity = validate(engine, base, adapters, device, checks)
         fields["parity"][form] = {"passed": parity.passed, "relative_l2": [s.relative_l2 for s in parity.steps]}
         print(f"{form}: parity {parity.passed} {parity.failures} {fields['parity'][form]['relative_l2']}", flush=True)
     fields["switching"] = switch(folder / "swappable", device)

@@ -79,6 +79,7 @@ VARIANTS = {
     "linears": _LINEARS,
     "joined-default-attention": replace(_JOINED, cudnn_attention=False),
     "joined-tuned": replace(_JOINED, inductor=_MM | _TUNED),
+    "linears-pdl": replace(_LINEARS, inductor=_MM | {"triton.enable_pdl": True}),
     "linears-autotuned": replace(_LINEARS, inductor=_MM | {"max_autotune": True}),
 }
 DEFAULT = "best-pytorch,projections,joined,linears"

@@ -49,7 +49,7 @@ class EveryForm:
 
     rows: Sequence[Row]
     steps: BenchReport
-    batch: BenchReport | None
+    batch: BenchReport
     """A bank with another adapter for every sample, beside the merged model with as many samples."""
     forms: FormsReport
     left_out: Mapping[str, str]
@@ -102,9 +102,9 @@ def bench_every_form(
         left_out[ONNX] = available.reason or "not here"
         onnx = {}
     steps, costs = _steps(base, adapters, onnx, engines, device, options, progress)
-    batch = None
-    if onnx:
-        batch = _batch(base, adapters[0], bank, folder, device, options, sizes, progress)
+    # on a CPU two more engines would take minutes to say what ONNX Runtime says
+    backends = [*([ONNX] if onnx else []), *([ENGINE] if device == "cuda" or not onnx else [])]
+    batch = _batch(base, adapters[0], bank, folder, device, backends, options, sizes, progress)
     report = report_forms(list(costs.values()))
     return EveryForm(_rows(steps, batch, costs, engines["swappable"], bank), steps, batch, report, left_out)
 
@@ -165,6 +165,7 @@ def _batch(
     bank: int,
     folder: Path,
     device: Device,
+    backends: Sequence[str],
     options: BenchOptions,
     sizes: Mapping[str, int],
     progress: Progress,
@@ -173,23 +174,35 @@ def _batch(
     holds does not change what it costs."""
     fixed = dict(sizes) | {"batch_size": bank}
     places = [replace(adapter, name=f"{adapter.name} {place}") for place in range(1, bank + 1)]
-    merged = _exported(base, [adapter], folder / "merged-batch", ExportOptions(options.dtype, fixed=fixed), progress)
-    of_bank = ExportOptions(options.dtype, fixed=fixed, factored=FactoredOptions(bank=bank, plan_for=device))
-    banked = _exported(base, [adapter], folder / "bank", of_bank, progress)
-    file = file_for(banked, places, device)
-    assert isinstance(file, OnnxFile)
+    of_bank = FactoredOptions(blank=True, bank=bank, plan_for=device)
     chosen = {
         ADAPTER_INDEX: torch.arange(1, bank + 1),
         ADAPTER_STRENGTH: torch.full((bank,), adapter.strength),
     }
-    plain = file_for(merged, [adapter], device)
-    assert isinstance(plain, OnnxFile)
-    onnx = {"merged": plain, f"bank of {bank}": replace(file, constants={**file.constants, **chosen})}
-    return bench(base, [adapter], onnx, device, replace(options, backends=(ONNX,), sizes=fixed), progress=progress)
+    onnx: dict[str, OnnxFile] = {}
+    engines: dict[str, EngineFile] = {}
+    for form, factored, held in (("merged", None, [adapter]), (_bank_of(bank), of_bank, places)):
+        export = ExportOptions(options.dtype, fixed=fixed, factored=factored)
+        artifact = _exported(base, [adapter], folder / f"{form} in a batch", export, progress)
+        constants = chosen if factored is not None else {}
+        if ONNX in backends:
+            file = file_for(artifact, held, device)
+            assert isinstance(file, OnnxFile)
+            onnx[form] = replace(file, constants={**file.constants, **constants})
+        if ENGINE in backends:
+            built = file_for(_built(artifact, base, [adapter], folder, device, progress), held, device)
+            assert isinstance(built, EngineFile)
+            engines[f"{ENGINE}, {form}"] = replace(built, constants={**built.constants, **constants})
+    options = replace(options, backends=backends, sizes=fixed)
+    return bench(base, [adapter], onnx, device, options, engines=engines, progress=progress)
+
+
+def _bank_of(bank: int) -> str:
+    return f"bank of {bank}"
 
 
 def _rows(
-    steps: BenchReport, batch: BenchReport | None, costs: Mapping[str, FormCost], swappable: Artifact, bank: int
+    steps: BenchReport, batch: BenchReport, costs: Mapping[str, FormCost], swappable: Artifact, bank: int
 ) -> list[Row]:
     """The table's lines, of what is there."""
     found = {result.backend: result for result in steps.results}
@@ -203,11 +216,16 @@ def _rows(
         (f"{ONNX}, factored", f"{ONNX}, merged"),
     ]
     rows += [Row(f"{a} ÷ {b}", _ratio(found[a], found[b]), "") for a, b in pairs if a in found and b in found]
-    if batch is not None:
-        by_name = {result.backend: result for result in batch.results}
-        many, plain = by_name.get(f"{ONNX}, bank of {bank}"), by_name.get(f"{ONNX}, merged")
-        if many is not None and plain is not None:
-            rows.append(Row(f"batch of {bank}, {bank} adapters ÷ merged batch of {bank}", _ratio(many, plain), ""))
+    many = {result.backend: result for result in batch.results}
+    rows += [
+        Row(
+            f"{backend}, a batch of {bank} with {bank} adapters ÷ merged",
+            _ratio(many[f"{backend}, {_bank_of(bank)}"], many[f"{backend}, merged"]),
+            "",
+        )
+        for backend in (ENGINE, ONNX)
+        if f"{backend}, merged" in many
+    ]
     label = f"{ENGINE}, swappable"
     if label in costs:
         moved = 2 * sum(math.prod(shape) for shape in swappable.engine_record.layers.values()) * BYTES_OF[steps.dtype]

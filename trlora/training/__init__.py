@@ -6,6 +6,7 @@ from trlora.training.config import TrainingConfig as TrainingConfig
 from trlora.training.config import TrainingConfigError as TrainingConfigError
 from trlora.training.ema import MovingAverage as MovingAverage
 from trlora.training.order import Order as Order
+from trlora.training.parameter_stacks import ParameterStacks as ParameterStacks
 from trlora.training.parameters import trainable_parameters as trainable_parameters
 from trlora.training.penalties import Penalty as Penalty
 from trlora.training.penalties import penalty as penalty

@@ -24,8 +24,8 @@ class MovingAverage:
     def update_(self, step: int) -> None:
         """Take in what step `step`, counted from 0, has made of the parameters."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(parameter.detach().float(), 1 - decay)
+        # a thousand small ones in a few launches
+        torch._foreach_lerp_(self.averages, [parameter.detach().float() for parameter in self.parameters], 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

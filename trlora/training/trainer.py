@@ -24,6 +24,7 @@ from trlora.training.accelerated import accelerator_for, seed_
 from trlora.training.config import TrainingConfig, TrainingConfigError
 from trlora.training.ema import MovingAverage
 from trlora.training.order import Order, mixed
+from trlora.training.parameter_stacks import ParameterStacks
 from trlora.training.parameters import trainable_parameters
 from trlora.training.state import (
     TrainingState,
@@ -111,21 +112,27 @@ class Trainer:
                 raise TrainingConfigError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
             enable()
         self.accelerator: Any = accelerator if accelerator is not None else accelerator_for(config)
+        if self.accelerator.device_placement:
+            model.to(self.accelerator.device)  # what is stacked is stacked where it is trained
+        precision = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+        weights = config.path == "weight"
+        self._path = WeightPath(model, name, precision, compiled=config.compile) if weights else None
+        # with several processes DistributedDataParallel waits for a gradient of every parameter of the model
+        stacked = self._path is not None and self.accelerator.num_processes == 1
+        self._stacks = ParameterStacks(self._path.groups if self._path and stacked else [], self.parameters)
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            self._stacks.leaves,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            fused=True,  # a thousand small parameters: one launch, not a dozen for every few of them
+            fused=True,  # many small parameters: one launch, not a dozen for every few of them
         )
         self._prepared: Any
+        self._optimizer: Any
         self._prepared, self._optimizer = self.accelerator.prepare(model, optimizer)
         if config.compile:
             self._prepared = torch.compile(self._prepared)  # `model` itself, which draws pictures, is as it was
-        precision = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-        weights = config.path == "weight"
-        self._path = WeightPath(model, name, precision, compiled=config.compile) if weights else None
         self.average = None if config.ema_decay is None else MovingAverage(self.parameters, config.ema_decay)
         self._resumed: TrainingState | None = None
 
@@ -161,7 +168,7 @@ class Trainer:
             for key, tensor in own.items():
                 tensor.copy_(saved[key])
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+        self._optimizer.load_state_dict({"state": self._stacks.join(state.optimizer), "param_groups": groups})
         if self.average is not None:
             for average, value in zip(self.average.averages, state.averages, strict=True):
                 average.copy_(value)
@@ -211,31 +218,32 @@ class Trainer:
         was_training = self.model.training
         self._prepared.train()
         try:
-            while self.step < self.config.max_steps:
-                start = time.perf_counter()
-                rate = self.config.rate(self.step)
-                for group in self._optimizer.param_groups:
-                    group["lr"] = rate
-                seed_(mixed(self.config.seed, 1 + self.step, rank))
-                numbers = order.batches(self.step, rank)
-                stepped = self._step([self._batch(data, collate, chosen) for chosen in numbers], loss)
-                if self.average is not None:
-                    self.average.update_(self.step)
-                self.step += 1
-                records.append(
-                    StepRecord(
-                        self.step,
-                        self._mean(stepped.loss),
-                        stepped.penalty,
-                        stepped.gradient_norm,
-                        rate,
-                        time.perf_counter() - start,
+            with self._stacks.held():
+                while self.step < self.config.max_steps:
+                    start = time.perf_counter()
+                    rate = self.config.rate(self.step)
+                    for group in self._optimizer.param_groups:
+                        group["lr"] = rate
+                    seed_(mixed(self.config.seed, 1 + self.step, rank))
+                    numbers = order.batches(self.step, rank)
+                    stepped = self._step([self._batch(data, collate, chosen) for chosen in numbers], loss)
+                    if self.average is not None:
+                        self.average.update_(self.step)
+                    self.step += 1
+                    records.append(
+                        StepRecord(
+                            self.step,
+                            self._mean(stepped.loss),
+                            stepped.penalty,
+                            stepped.gradient_norm,
+                            rate,
+                            time.perf_counter() - start,
+                        )
                     )
-                )
-                self._tell(records[-1], callbacks)
-                every = self.config.checkpoint_every
-                if every is not None and (self.step % every == 0 or self.step == self.config.max_steps):
-                    self.save_checkpoint(len(data))
+                    self._tell(records[-1], callbacks)
+                    every = self.config.checkpoint_every
+                    if every is not None and (self.step % every == 0 or self.step == self.config.max_steps):
+                        self.save_checkpoint(len(data))
         finally:
             self.model.train(was_training)
         if self.out is not None:
@@ -250,12 +258,12 @@ class Trainer:
 
     def save_checkpoint(self, samples: int) -> None:
         """Write a checkpoint now, and remove those that are too many."""
-        state = self._optimizer.state_dict()["state"]
+        state = self._stacks.split(self._optimizer.state_dict()["state"])
         found = TrainingState(
             self.config,
             self.step,
             adapter_from_model(self.model, self.name, base_model=self.base_model),
-            {place: dict(entry) for place, entry in state.items()},
+            state,
             () if self.average is None else tuple(self.average.averages),
             scaler_state(self.accelerator),
             samples,

@@ -53,6 +53,10 @@ class Group:
     """Programs that were traced, which takes some tenths of a second each: of all groups of the kind."""
     own: dict[object, Callable[..., Any]] = field(default_factory=dict)
     """Those with tensors of this group in them."""
+    held: list[nn.Parameter] = field(default_factory=list)
+    """The stacks themselves, while they are what is trained (`ParameterStacks`); nothing otherwise."""
+    windows: list[nn.Parameter] = field(default_factory=list)
+    """The parameters, which show the stacks' values, for as long."""
 
     @classmethod
     def of(cls, layers: Sequence[AdaptedLayer], name: str, kind: object, *, compiled: bool) -> Group:
@@ -80,12 +84,20 @@ class Group:
         """Of the parameters."""
         return next(self.template.parameters()).dtype
 
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[nn.Parameter]:
         """As they lie at `places`."""
-        return [cast(Tensor, getattr(module, key)) for module, key in self.places]
+        return [cast(nn.Parameter, getattr(module, key)) for module, key in self.places]
 
-    def stacks(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor (layers, …) for each name."""
+    def inputs(self) -> Sequence[Tensor]:
+        """What is trained: the parameters, or the stacks that hold them."""
+        return self.held or self.parameters()
+
+    def stacks(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor (layers, …) for each name, of `inputs()`."""
+        return list(inputs) if self.held else self.stacked(inputs)
+
+    def stacked(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor (layers, …) for each name, of `parameters()`."""
         count = len(self.layers)
         return [torch.stack(list(parameters[n : n + count])) for n in range(0, len(parameters), count)]
 
@@ -150,14 +162,15 @@ def _backward(group: Group, dtype: torch.dtype, wanted: tuple[bool, ...], *input
 
 @final
 class Build(torch.autograd.Function):
-    """`Group.weights`, of which nothing is kept for the backward pass but copies of the parameters."""
+    """`Group.weights` from `Group.inputs`; nothing is kept for the backward pass but the stacks."""
 
     @staticmethod
-    def forward(ctx: Any, group: Group, strengths: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
-        stacks = group.stacks(parameters)
-        ctx.group, ctx.dtype = group, dtype
+    def forward(ctx: Any, group: Group, strengths: Tensor, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+        stacks = group.stacks(inputs)
+        bases = group.bases()
+        ctx.group, ctx.dtype, ctx.bases, ctx.rows = group, dtype, bases, len(inputs) // len(stacks)
         ctx.save_for_backward(strengths, *stacks)
-        return cast(Tensor, group.run(_forward, dtype, (), strengths, *group.bases(), *stacks))
+        return cast(Tensor, group.run(_forward, dtype, (), strengths, *bases, *stacks))
 
     @staticmethod
     @once_differentiable
@@ -165,13 +178,17 @@ class Build(torch.autograd.Function):
         (gradient,) = grad_outputs
         group: Group = ctx.group
         strengths, *stacks = ctx.saved_tensors
-        count = len(group.layers)
+        rows: int = ctx.rows
         needed = ctx.needs_input_grad[3:]
-        wanted = tuple(any(needed[n : n + count]) for n in range(0, len(needed), count))
-        found = iter(group.run(_backward, ctx.dtype, wanted, gradient, strengths, *group.bases(), *stacks))
+        wanted = tuple(any(needed[n : n + rows]) for n in range(0, len(needed), rows))
+        found = iter(group.run(_backward, ctx.dtype, wanted, gradient, strengths, *ctx.bases, *stacks))
         gradients: list[Tensor | None] = []
         for want in wanted:
-            gradients += next(found).unbind() if want else [None] * count
+            if not want:
+                gradients += [None] * rows
+            else:
+                gradient = next(found)
+                gradients += [gradient] if group.held else gradient.unbind()
         return None, None, None, *(g if need else None for g, need in zip(gradients, needed, strict=True))
 
 

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from trlora.inject import adapted_modules
 from trlora.layers import AdaptedLayer, LayerAdapter
+from trlora.training.parameter_stacks import gather_
 from trlora.training.weight_group import Build, Group
-
-_TOGETHER = 2**25
-"""Elements of the weights that are built together, at most: what stands in between is a few times as large, in float32."""
 
 
 @final
@@ -39,10 +37,18 @@ class WeightPath:
         dtype: of the built weights: that of the products in mixed precision; the base's own unless given.
         compiled: build them by `torch.compile`, which takes a minute or two at the first step. The model itself is not
             compiled here.
+        together: elements of the weights that are built together, at most: what stands in between is a few times as large,
+            in float32. Fewer take less memory and more of the host's time.
     """
 
     def __init__(
-        self, model: nn.Module, name: str = "default", dtype: torch.dtype | None = None, *, compiled: bool = False
+        self,
+        model: nn.Module,
+        name: str = "default",
+        dtype: torch.dtype | None = None,
+        *,
+        compiled: bool = False,
+        together: int = 2**25,
     ) -> None:
         self.name = name
         self.dtype = dtype
@@ -52,26 +58,29 @@ class WeightPath:
         alike: dict[object, list[AdaptedLayer]] = {}
         for layer in layers.values():
             alike.setdefault(_kind(layer, name), []).append(layer)
-        self._groups: list[Group] = []
+        self.groups: list[Group] = []
+        """Of layers that are built together."""
         self._known: dict[Group, tuple[tuple[float, ...], Tensor]] = {}
         for kind, group in alike.items():
-            most = max(1, _TOGETHER // group[0].weight.numel())
+            most = max(1, together // group[0].weight.numel())
             for first in range(0, len(group), most):
-                self._groups.append(Group.of(group[first : first + most], name, kind, compiled=compiled))
+                self.groups.append(Group.of(group[first : first + most], name, kind, compiled=compiled))
 
     @contextmanager
     def built(self) -> Iterator[None]:
         """The layers' weights as the parameters are now; outside they are factored again."""
         try:
-            for group in self._groups:
+            for group in self.groups:
                 layers = group.layers
                 dtype = self.dtype or layers[0].weight.dtype
-                found = cast(Tensor, Build.apply(group, self._strengths(group), dtype, *group.parameters()))
+                found = cast(Tensor, Build.apply(group, self._strengths(group), dtype, *group.inputs()))
                 for layer, weight in zip(layers, found.view(-1, *layers[0].weight.shape).unbind(), strict=True):
                     vars(layer)["built"] = weight  # the module's own assignment takes as long as a kernel's launch
             yield
+            for group in self.groups:
+                gather_(group)
         finally:
-            for group in self._groups:
+            for group in self.groups:
                 for layer in group.layers:
                     vars(layer)["built"] = None
 

@@ -8,9 +8,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tests.helpers import ATTENTION_PATHS, CONTEXT, state_bits, tiny_unet
+from tests.helpers import (
+    ATTENTION_PATHS,
+    CONTEXT,
+    IN,
+    OUT,
+    OUTPUT_TRANSFORMS,
+    RESIDUALS,
+    TRANSFORMS,
+    Member,
+    spec_of,
+    state_bits,
+    tiny_unet,
+    trained,
+)
 from trlora import AdaptedLinear, AdapterSpec, TargetError, adapted_modules, inject_, remove_
-from trlora.training import TrainingError, penalty, train_, trainable_parameters
+from trlora.training import Penalty, TrainingError, penalty, train_, trainable_parameters
 
 SPEC = AdapterSpec.from_dict(
     {"transform": {"type": "tensor_ring", "rank": 2}, "residual": {"type": "tensor_ring", "rank": 2}}
@@ -244,6 +257,27 @@ def test_the_penalty_is_the_sum_over_the_layers(kind) -> None:
     assert expected > 1
     gradients = torch.autograd.grad(penalty(model, kind), trainable_parameters(model), allow_unused=True)
     assert sum(gradient is not None for gradient in gradients) == 3 * len(ATTENTION_PATHS)  # the transforms' cores
+
+
+@pytest.mark.parametrize("kind", ["identity", "orthogonal"])
+@pytest.mark.parametrize("transform", TRANSFORMS[1:], ids=str)
+def test_layers_of_a_kind_are_penalised_together_as_one_by_one(transform: Member, kind: Penalty) -> None:
+    model = nn.ModuleList([nn.Linear(IN, OUT) for _ in range(3)]).double()
+    inject_(model, spec_of(transform, RESIDUALS[0], output_transform=OUTPUT_TRANSFORMS[0]), ["0", "1", "2"])
+    model.double()
+    for number, layer in enumerate(adapted_modules(model).values()):
+        trained(layer.adapters["default"], seed=number, amount=0.1)
+        layer.adapters["default"].to(torch.float64)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for layer in adapted_modules(model).values():
+        ((adapter, _),) = layer.active()
+        for part in (adapter.transform, adapter.output_transform):
+            wanted = wanted + (part.identity_penalty() if kind == "identity" else part.orthogonal_penalty())
+    found = penalty(model, kind)
+    torch.testing.assert_close(found, wanted)
+    parameters = trainable_parameters(model)
+    gradients = [torch.autograd.grad(value, parameters, materialize_grads=True) for value in (found, wanted)]
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_layers_without_a_transform_add_nothing_to_the_penalty() -> None:

@@ -373,7 +373,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
     first, second = (load_adapter(tmp_path / str(n) / "adapter").tensors() for n in (1, 2))
     for key, tensor in first.items():
-        torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-4)  # a step is 1e-3
     alone = trainer_of(tmp_path / "2", load_state(tmp_path / "2" / "checkpoint-000004").config)
     with pytest.raises(TrainingConfigError, match="processes 2 there and 1 here"):
         alone.resume_()

@@ -159,12 +159,11 @@ def test_a_failure_leaves_no_weight_behind() -> None:
     assert all(layer.built is None for layer in adapted_modules(model).values())
 
 
-def test_many_layers_are_built_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_layers_are_built_a_few_at_a_time() -> None:
     model = model_with(CASES[6])
     x = torch.randn(3, IN, dtype=torch.float64)
     wanted = model(x)
-    monkeypatch.setattr("trlora.training.weight_path._TOGETHER", 1)
-    with WeightPath(model).built():
+    with WeightPath(model, together=1).built():
         torch.testing.assert_close(model(x), wanted)
 
 
