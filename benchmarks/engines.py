@@ -26,15 +26,24 @@ def build_all(
 
     Returns:
         what was measured of each build: seconds (beside the others), seconds of the compiler, bytes of the package.
+
+    Raises:
+        SystemExit: a form cannot be exported or built.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(forms), mp_context=context) as pool:
         futures = {
             form: pool.submit(_build, str(base), folder, form, export, device, level) for form, export in forms.items()
         }
-        built = {form: future.result() for form, future in futures.items()}
-    for form, facts in built.items():
-        print(f"{form}: {facts}", flush=True)
+        built: dict[str, dict[str, Any]] = {}
+        for form, future in futures.items():
+            try:
+                built[form] = future.result()
+            except Exception as error:
+                for other in futures.values():
+                    other.cancel()
+                raise SystemExit(f"{form}: {error}") from error
+            print(f"{form}: {built[form]}", flush=True)
     return built
 
 

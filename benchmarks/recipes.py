@@ -1,8 +1,9 @@
 """examples/training at the true size on a GPU: both recipes for some steps, from pictures to an adapter that merges.
 
 Weights are random, so that neither loss nor pictures mean anything: what is looked at is that the whole way works, how long
-a step takes, and the memory. BENCH_RECIPES by commas among the names of `RECIPES`, BENCH_STEPS; for a try on another machine
-BENCH_BASE (random:tiny), BENCH_PRECISION (no), BENCH_TMP.
+a step takes, and the memory. BENCH_RECIPES by commas among the names of `RECIPES`, BENCH_STEPS, BENCH_PRECISION (fp16,
+bf16); for a try on another machine BENCH_BASE (random:tiny), BENCH_PRECISION (no), BENCH_TMP. The time of a step is told to
+a hundredth of a second.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ PICTURES = 8
 _STEP = re.compile(r"^step (\d+)/\d+ .* ([\d.]+) s$", re.MULTILINE)
 _SKIPPED = 4
 """Steps at the start that are not counted: kernels are chosen, memory is taken."""
+_LINES = 39
+"""Steps of which the recipes tell each: they write twenty lines at least."""
 _CHILD = """
 import atexit, runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -68,6 +71,8 @@ def main() -> None:
         raise SystemExit(f"BENCH_RECIPES: {unknown[0]} is unknown, expected some of {list(RECIPES)}")
     steps, precision = int(os.environ.get("BENCH_STEPS", "24")), os.environ.get("BENCH_PRECISION", "fp16")
     base = os.environ.get("BENCH_BASE")
+    if not _SKIPPED < steps <= _LINES:
+        raise SystemExit(f"BENCH_STEPS: {steps}, expected {_SKIPPED + 1} to {_LINES}: each of so many steps is told")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_TMP")) as name:
         folder = Path(name)
@@ -75,9 +80,10 @@ def main() -> None:
         for name in names:
             found[name] = run(name, RECIPES[name], folder, steps, precision, base)
             print(f"{name}: {found[name]}", flush=True)
-    if base is None and torch.cuda.is_available():
-        about = {"steps": steps, "mixed_precision": precision, "recipes": found}
-        keep("recipes", f"python -m benchmarks recipes  # BENCH_RECIPES={','.join(names)}", "cuda", about)
+            if base is None and torch.cuda.is_available():  # after every one: a machine may be taken away
+                variables = f"BENCH_RECIPES={','.join(names)} BENCH_STEPS={steps} BENCH_PRECISION={precision}"
+                about = {"steps": steps, "mixed_precision": precision, "recipes": found}
+                keep(f"recipes_{precision}", f"python -m benchmarks recipes  # {variables}", "cuda", about)
 
 
 def draw_pictures(folder: Path) -> None:

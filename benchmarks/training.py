@@ -83,13 +83,13 @@ def main() -> None:
         runs = {name: stack.enter_context(process_of(name, source, device, dtype, batch)) for name in names}
         found: dict[str, dict[str, Any]] = {}
         for name, run in runs.items():
-            found[name] = run.recv()
+            found[name] = received(run, name)
             print(f"{name}: ready {found[name]}", flush=True)
         table: dict[str, dict[str, Any]] = {}
         for _ in range(rounds):
             for name, run in runs.items():
                 run.send("measure")
-                times, facts = run.recv()
+                times, facts = received(run, name)
                 seconds[name] += times
                 found[name] |= facts
                 print(f"{name}: {1e3 * statistics.median(times):.1f} ms {facts}", flush=True)
@@ -102,6 +102,18 @@ def main() -> None:
                 about = {"base": source, "batch": batch, "dtype": dtype, "spec": SPEC.to_dict(), "methods": table}
                 command = f"python -m benchmarks training  # BENCH_METHODS={','.join(names)}"
                 keep(f"training_{dtype}", command, device, about)
+
+
+def received(run: Connection, name: str) -> Any:
+    """What a method's process says.
+
+    Raises:
+        SystemExit: it has failed; its own words are above.
+    """
+    try:
+        return run.recv()
+    except EOFError:
+        raise SystemExit(f"{name} failed in its process; leave it out of BENCH_METHODS to measure the others") from None
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def _rows(
             "",
         )
         for backend in (ENGINE, ONNX)
-        if f"{backend}, merged" in many
+        if {f"{backend}, merged", f"{backend}, {_bank_of(bank)}"} <= many.keys()
     ]
     label = f"{ENGINE}, swappable"
     if label in costs:

@@ -40,7 +40,8 @@ def penalty(model: nn.Module, kind: Penalty = "identity", name: str = "default")
         for transform, of in ((adapter.transform, spec.transform), (adapter.output_transform, spec.output_transform)):
             if not transform.trivial:
                 values = tuple((key, p.shape, p.dtype, p.device) for key, p in transform.named_parameters())
-                alike.setdefault((of, values), []).append(_Term(transform, kind))
+                # blocks that are shared are of one shape whatever the layer's width
+                alike.setdefault((of, transform.features, values), []).append(_Term(transform, kind))
     return torch.stack([_sum(terms) for terms in alike.values()]).sum() if alike else torch.zeros(())
 
 

@@ -66,6 +66,10 @@ class Trainer:
     """One training of one adapter of a model, on `accelerate`: as many processes and devices as it has been launched with.
 
     `out/checkpoint-…` are adapters that training can go on from, `out/adapter` is the result.
+
+    With `path="weight"` in one process the gradients are those of `ParameterStacks` while it runs: what wants those of
+    single parameters (a callback that logs them, a loss that asks `torch.autograd.grad` for them) takes
+    `path="activations"`.
     """
 
     def __init__(
@@ -112,25 +116,22 @@ class Trainer:
                 raise TrainingConfigError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
             enable()
         self.accelerator: Any = accelerator if accelerator is not None else accelerator_for(config)
-        if self.accelerator.device_placement:
-            model.to(self.accelerator.device)  # what is stacked is stacked where it is trained
         precision = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
         weights = config.path == "weight"
-        self._path = WeightPath(model, name, precision, compiled=config.compile) if weights else None
-        # with several processes DistributedDataParallel waits for a gradient of every parameter of the model
-        stacked = self._path is not None and self.accelerator.num_processes == 1
-        self._stacks = ParameterStacks(self._path.groups if self._path and stacked else [], self.parameters)
-        optimizer = torch.optim.AdamW(
-            self._stacks.leaves,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,  # many small parameters: one launch, not a dozen for every few of them
-        )
         self._prepared: Any
         self._optimizer: Any
-        self._prepared, self._optimizer = self.accelerator.prepare(model, optimizer)
+        self._path: WeightPath | None = None
+        # where accelerate wraps the model, as by DistributedDataParallel, that sees to each of its parameters
+        if weights and self.accelerator.distributed_type.value == "NO":
+            self._prepared = self.accelerator.prepare(model)
+            self._path = WeightPath(model, name, precision, compiled=config.compile)
+            self._stacks = ParameterStacks(self._path.groups, self.parameters)
+            self._optimizer = self.accelerator.prepare(_adamw(self._stacks.leaves, config))
+        else:
+            self._stacks = ParameterStacks([], self.parameters)
+            self._prepared, self._optimizer = self.accelerator.prepare(model, _adamw(self.parameters, config))
+            if weights:
+                self._path = WeightPath(model, name, precision, compiled=config.compile)
         if config.compile:
             self._prepared = torch.compile(self._prepared)  # `model` itself, which draws pictures, is as it was
         self.average = None if config.ema_decay is None else MovingAverage(self.parameters, config.ema_decay)
@@ -164,11 +165,12 @@ class Trainer:
             expected, found = (tuple(tensors[key].shape) if key in tensors else "nothing" for tensors in (own, saved))
             if expected != found:
                 raise CheckpointError(f"{folder}: another adapter: {key}: {found} found, expected {expected}")
+        moments = self._stacks.join(state.optimizer)
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(saved[key])
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": self._stacks.join(state.optimizer), "param_groups": groups})
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.average is not None:
             for average, value in zip(self.average.averages, state.averages, strict=True):
                 average.copy_(value)
@@ -293,6 +295,7 @@ class Trainer:
             with self.accelerator.autocast():
                 return loss(model, batch)
 
+        self._stacks.zero_grad()
         try:
             return step_(
                 self.model,
@@ -373,6 +376,17 @@ class Trainer:
                     f"{self._kept()}"
                 ) from error
         self.accelerator.wait_for_everyone()
+
+
+def _adamw(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,  # many small parameters: one launch, not a dozen for every few of them
+    )
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

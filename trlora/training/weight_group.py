@@ -57,6 +57,8 @@ class Group:
     """The stacks themselves, while they are what is trained (`ParameterStacks`); nothing otherwise."""
     windows: list[nn.Parameter] = field(default_factory=list)
     """The parameters, which show the stacks' values, for as long."""
+    pointers: list[int] = field(default_factory=list)
+    """Where they do."""
 
     @classmethod
     def of(cls, layers: Sequence[AdaptedLayer], name: str, kind: object, *, compiled: bool) -> Group:

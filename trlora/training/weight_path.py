@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trlora.inject import adapted_modules
 from trlora.layers import AdaptedLayer, LayerAdapter
-from trlora.training.parameter_stacks import gather_
+from trlora.training.parameter_stacks import gather_, look_again_
 from trlora.training.weight_group import Build, Group
 
 
@@ -71,6 +71,7 @@ class WeightPath:
         """The layers' weights as the parameters are now; outside they are factored again."""
         try:
             for group in self.groups:
+                look_again_(group)
                 layers = group.layers
                 dtype = self.dtype or layers[0].weight.dtype
                 found = cast(Tensor, Build.apply(group, self._strengths(group), dtype, *group.inputs()))

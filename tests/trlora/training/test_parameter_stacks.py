@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import IN, trained
+from tests.helpers import IN
 from tests.trlora.training.test_weight_path import CASES, Case, Three, each_case, model_with, plain
-from trlora import adapter_from_model, inject_
+from trlora import CheckpointError, adapter_from_model, inject_
 from trlora.inject import adapted_modules
-from trlora.training import ParameterStacks, WeightPath, penalty, trainable_parameters
+from trlora.training import ParameterStacks, TrainingConfigError, WeightPath, penalty, trainable_parameters
 
 RING = CASES[6]
 
@@ -146,16 +146,127 @@ def test_an_optimisers_state_is_that_of_the_parameters(together: int) -> None:
     assert stacks.join({}) == {}
 
 
-def test_a_failure_gives_the_parameters_back() -> None:
+def stepped(model: nn.Module, path: WeightPath, optimizer: torch.optim.Optimizer) -> None:
+    x = torch.randn(3, IN, dtype=next(model.parameters()).dtype, generator=torch.Generator().manual_seed(1))
+    optimizer.zero_grad()
+    with path.built():
+        model(x).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_failure_gives_the_parameters_back_with_what_was_reached() -> None:
     model = model_with(RING)
-    for number, layer in enumerate(adapted_modules(model).values()):
-        trained(layer.adapters["default"], seed=number)
-    _, stacks = stacks_of(model)
+    path, stacks = stacks_of(model)
+    optimizer = adam(stacks.leaves)
     before = {key: tensor.clone() for key, tensor in adapter_from_model(model).tensors().items()}
-    with pytest.raises(KeyError), stacks.held():
-        raise KeyError
+
+    def broken() -> None:
+        with stacks.held():
+            stepped(model, path, optimizer)
+            before.update({key: tensor.clone() for key, tensor in adapter_from_model(model).tensors().items()})
+            penalty(model).backward()
+            raise KeyError
+
+    start = {key: tensor.clone() for key, tensor in before.items()}
+    with pytest.raises(KeyError):
+        broken()
     after = adapter_from_model(model).tensors()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert not any(torch.equal(after[key], tensor) for key, tensor in start.items())
+    assert all(p.grad is None for p in (*trainable_parameters(model), *stacks.leaves))
     assert len({p.untyped_storage().data_ptr() for p in trainable_parameters(model)}) == len(
         trainable_parameters(model)
     )
+
+
+def test_a_model_that_was_moved_and_back_is_trained_on() -> None:
+    results = []
+    for moved in (False, True):
+        model = seeded(RING).float()
+        path, stacks = stacks_of(model)
+        optimizer = adam(stacks.leaves)
+        with stacks.held():
+            stepped(model, path, optimizer)
+            if moved:
+                model.double()
+                model.float()
+            stepped(model, path, optimizer)
+        results.append(adapter_from_model(model).tensors())
+    assert all(torch.equal(results[1][key], tensor) for key, tensor in results[0].items())
+    model = model_with(RING)
+    path, stacks = stacks_of(model)
+    with stacks.held():
+        model.float()
+        with pytest.raises(TrainingConfigError, match=r"float32 on cpu, and was torch\.float64"), path.built():
+            pass
+
+
+def test_gradients_from_before_do_not_count() -> None:
+    model = model_with(RING)
+    path, stacks = stacks_of(model)
+    penalty(model).backward()
+    with stacks.held():
+        assert all(p.grad is None for p in trainable_parameters(model))
+        penalty(model).backward()
+        stacks.zero_grad()
+        with path.built():
+            pass
+        assert all(leaf.grad is None for leaf in stacks.leaves)
+
+
+@pytest.mark.parametrize("late", ["frozen", "hook"])
+def test_what_changes_too_late_is_refused(late: str) -> None:
+    model = model_with(RING)
+    path, stacks = stacks_of(model)
+    first = trainable_parameters(model)[0]
+
+    def change() -> None:
+        if late == "frozen":
+            first.requires_grad_(False)
+        else:
+            first.register_hook(lambda gradient: gradient)
+
+    with stacks.held():
+        change()
+        with pytest.raises(TrainingConfigError, match="was frozen, or given a hook, after"), path.built():
+            pass
+    with pytest.raises(TrainingConfigError, match="was frozen, or given a hook, after"), stacks.held():
+        pass
+    if late == "hook":  # in time, its group is left as it is
+        path, stacks = stacks_of(model)
+        assert [id(leaf) for leaf in stacks.leaves] == [id(p) for p in trainable_parameters(model)]
+
+
+def test_one_training_at_a_time() -> None:
+    model = model_with(RING)
+    path, stacks = stacks_of(model)
+    other_path, other = stacks_of(model)
+    optimizer = adam(stacks.leaves)
+    with stacks.held():
+        for inner in (stacks, other):
+            with pytest.raises(TrainingConfigError, match="being trained already"), inner.held():
+                pass
+        before = [p.detach().clone() for p in trainable_parameters(model)]
+        stepped(model, path, optimizer)
+        assert not any(torch.equal(p, value) for p, value in zip(trainable_parameters(model), before, strict=True))
+    with other.held(), other_path.built():
+        pass
+
+
+def test_the_state_of_another_training_is_refused() -> None:
+    model = model_with(RING)
+    path, stacks = stacks_of(model)
+    optimizer = adam(stacks.leaves)
+    with stacks.held():
+        stepped(model, path, optimizer)
+    state = stacks.split(optimizer.state_dict()["state"])
+    assert stacks.join(state).keys() == optimizer.state_dict()["state"].keys()
+    with pytest.raises(CheckpointError, match="some layers were frozen"):
+        stacks.join({number: entry for number, entry in state.items() if number})
+    other = {**state, 0: {**state[0], "step": state[0]["step"] + 1}}
+    with pytest.raises(CheckpointError, match="some layers were frozen"):
+        stacks.join(other)
+    with pytest.raises(CheckpointError, match="exp_avg of parameter 0 has shape"):
+        stacks.join({**state, 0: {**state[0], "exp_avg": torch.zeros(3)}})
+    with pytest.raises(CheckpointError, match="no such parameter"):
+        stacks.join({**state, 1000: state[0]})

@@ -263,7 +263,14 @@ def test_the_penalty_is_the_sum_over_the_layers(kind) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS[1:], ids=str)
 def test_layers_of_a_kind_are_penalised_together_as_one_by_one(transform: Member, kind: Penalty) -> None:
     model = nn.ModuleList([nn.Linear(IN, OUT) for _ in range(3)]).double()
-    inject_(model, spec_of(transform, RESIDUALS[0], output_transform=OUTPUT_TRANSFORMS[0]), ["0", "1", "2"])
+    model.append(nn.Linear(2 * IN, OUT).double())  # another width; a shared block is of one shape for all
+    own = {} if transform.fields.get("modes") else {"3": spec_of(transform, RESIDUALS[0])}
+    inject_(
+        model,
+        spec_of(transform, RESIDUALS[0], output_transform=OUTPUT_TRANSFORMS[0]),
+        ["0", "1", "2", *own],
+        overrides=own,
+    )
     model.double()
     for number, layer in enumerate(adapted_modules(model).values()):
         trained(layer.adapters["default"], seed=number, amount=0.1)
