@@ -21,6 +21,7 @@ from benchmarks import (
     step_gpu,
     step_variants,
     swap,
+    swap_cpu,
     training,
     triton_serving,
 )
@@ -33,6 +34,11 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         "factored, swappable and bank of random:sd15 against merged and PEFT: step, swap, size, parity",
         False,
         forms_sd15.main,
+    ),
+    "swap-cpu": (
+        "all 128 adapted weights of random:sd15 written anew on a CPU: trlora.swap, dense products, one copy",
+        False,
+        swap_cpu.main,
     ),
     "engine-rtx": (
         "TensorRT-RTX engines of random:sd15, built without a GPU: seconds, size, memory",

@@ -49,7 +49,7 @@ def run(source: str, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     adapters = {path: layer.float() for path, layer in open_adapters([ADAPTER], base)[0].layers.items()}
     generator = torch.Generator().manual_seed(0)
     pristine = {path: (0.03 * torch.randn(*shapes[path], generator=generator)).to(device, dtype) for path in adapters}
-    moved = {path: _moved(layer, number) for number, (path, layer) in enumerate(adapters.items())}
+    ring = {path: moved(layer, number) for number, (path, layer) in enumerate(adapters.items())}
     lora = {path: layer.float() for path, layer in open_adapters(["random:lora:16"], base)[0].layers.items()}
     size = sum(weight.nbytes for weight in pristine.values())
     print(f"{source} {dtype}: {len(pristine)} layers, {size / 2**20:.0f} MiB", flush=True)
@@ -60,10 +60,10 @@ def run(source: str, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     buffers = {path: torch.empty_like(weight) for path, weight in pristine.items()}
     writer = WeightWriter(pristine, buffers)
     kinds: dict[str, list[Mapping[str, LayerAdapter]]] = {
-        "TLoRA(2,6), any cores": [moved],
-        "TLoRA(2,6), as trained from its start": [{path: _equal(layer) for path, layer in moved.items()}],
+        "TLoRA(2,6), any cores": [ring],
+        "TLoRA(2,6), as trained from its start": [{path: equal_slices(layer) for path, layer in ring.items()}],
         "LoRA r=16": [lora],
-        "TLoRA(2,6) and LoRA r=16 at once": [moved, lora],
+        "TLoRA(2,6) and LoRA r=16 at once": [ring, lora],
     }
     for name, layers in kinds.items():
         start = time.perf_counter()
@@ -85,14 +85,14 @@ def run(source: str, dtype: torch.dtype, device: Device) -> dict[str, Any]:
             "prepare_and_first_ms": 1e3 * first,
             "wrong": wrong,
             "report": str(writer.write(active)),
-        } | _errors(pristine, buffers, [(item, STRENGTH) for item in layers])
-    prepared = writer.prepare(moved)
-    on_device = {path: prepared.on_device(path) for path in moved}
-    rows["torch, layer by layer"] = {"ms": _timed(lambda: _plain(pristine, buffers, on_device), device)} | _errors(
-        pristine, buffers, [(moved, STRENGTH)]
+        } | errors(pristine, buffers, [(item, STRENGTH) for item in layers])
+    prepared = writer.prepare(ring)
+    on_device = {path: prepared.on_device(path) for path in ring}
+    rows["torch, layer by layer"] = {"ms": _timed(lambda: _plain(pristine, buffers, on_device), device)} | errors(
+        pristine, buffers, [(ring, STRENGTH)]
     )
     batched = _Batched(pristine, buffers, on_device, dtype)
-    rows["torch, batched by shape"] = {"ms": _timed(batched, device)} | _errors(pristine, buffers, [(moved, STRENGTH)])
+    rows["torch, batched by shape"] = {"ms": _timed(batched, device)} | errors(pristine, buffers, [(ring, STRENGTH)])
     if source == "random:sd15" and device == "cuda" and os.environ.get("BENCH_PEFT") != "0":
         rows["PEFT LoRA r=16, merge_adapter"] = {"wall_ms": _peft(base, dtype)}
     for name, row in rows.items():
@@ -102,7 +102,7 @@ def run(source: str, dtype: torch.dtype, device: Device) -> dict[str, Any]:
     return {"adapter": ADAPTER, "layers": len(pristine), "weight_bytes": size, "rows": rows}
 
 
-def _moved(layer: LayerAdapter, seed: int) -> LayerAdapter:
+def moved(layer: LayerAdapter, seed: int) -> LayerAdapter:
     """Cores that are all different, T about as far from the identity as training brings it, Δ of some hundredths of W0."""
     generator = torch.Generator().manual_seed(seed)
     assert isinstance(layer.transform, TensorRingTransform)
@@ -113,7 +113,7 @@ def _moved(layer: LayerAdapter, seed: int) -> LayerAdapter:
     return layer
 
 
-def _equal(layer: LayerAdapter) -> LayerAdapter:
+def equal_slices(layer: LayerAdapter) -> LayerAdapter:
     """The same with the equal slices that a transform keeps which is trained from its start."""
     own = copy.deepcopy(layer)
     with torch.no_grad():
@@ -160,7 +160,7 @@ class _Batched:
             torch._foreach_copy_(outs, list(merged.unbind()))
 
 
-def _errors(
+def errors(
     pristine: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     active: list[tuple[Mapping[str, LayerAdapter], float]],

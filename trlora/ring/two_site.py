@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from trlora.ring.contract import open_chain
-from trlora.ring.multiply import best_cut, multiply_cores
+from trlora.ring.multiply import best_cut
 from trlora.ring.shapes import check_matrix_ring
 
-_ROWS = 256
-"""Of a weight that are multiplied at a time: what lies between the two products stays in a CPU's cache."""
+_BYTES = 5 * 2**20
+"""Between the two products of the rows that are multiplied at a time: they stay in a CPU's cache."""
 _GRAM = 1e-8
 """Singular values that the eigenvalues of Gram matrices in float64 tell from zero, relative to the greatest."""
 
@@ -90,14 +90,14 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     cut = best_cut(cores, weight.shape[-1])
     sites = two_sites(cores, cut, torch.finfo(weight.dtype).eps / 2)
     terms, n_lo, _ = sites.fast.shape
-    if cut < len(cores) and terms == cores[0].shape[2] * cores[cut].shape[2]:
-        return multiply_cores(weight, cores).sub_(weight)  # there is nothing to save
     n_hi = len(sites.fixed)
     left = sites.fast.permute(1, 0, 2).reshape(n_lo, terms * n_lo).to(weight)
     right = sites.slow.permute(2, 1, 0).reshape(n_hi, n_hi * terms).to(weight)
     fixed = sites.fixed.T.to(weight)
     result = weight.new_empty(len(weight), n_hi, n_lo)
-    for rows, out in zip(weight.split(_ROWS), result.split(_ROWS), strict=True):
+    between = len(weight) * max(1, terms) * n_hi * n_lo * weight.element_size()
+    pieces = max(1, -(-between // _BYTES)) if weight.device.type == "cpu" else 1
+    for rows, out in zip(weight.tensor_split(pieces), result.tensor_split(pieces), strict=True):
         count = len(rows)
         torch.bmm(fixed.expand(count, -1, -1), rows.reshape(count, n_hi, n_lo), out=out)
         if terms:

@@ -108,8 +108,13 @@ class WeightWriter:
             for path in swap.plan.torch:
                 pairs = [(adapter.on_device(path), strength) for adapter, strength in active if path in adapter.layers]
                 change = weight_change(self._pristine[path], pairs, torch.float32)
-                base = self._pristine[path]
-                self._buffers[path].copy_(base if change is None else change.add_(base))
+                base, buffer = self._pristine[path], self._buffers[path]
+                if change is None:
+                    buffer.copy_(base)
+                elif buffer.dtype == change.dtype == base.dtype:
+                    torch.add(change, base, out=buffer)
+                else:
+                    buffer.copy_(change.add_(base))
             rest = list(swap.plan.unchanged)
             if rest:
                 torch._foreach_copy_([self._buffers[path] for path in rest], [self._pristine[path] for path in rest])

@@ -40,13 +40,18 @@ def test_equal_slices_have_one_term() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("modes", "ranks"), CASES)
-def test_the_change_of_a_weight(modes: list[int], ranks: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("at_once", [5 * 2**20, 2**14])
+def test_the_change_of_a_weight(
+    modes: list[int], ranks: list[int], dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trlora.ring.two_site._BYTES", at_once)
     cores = ring_of(modes, ranks, 0.1)
     matrix = matrix_from_cores(cores)
     weight = torch.randn(300, len(matrix), dtype=torch.float64).to(dtype)
     expected = weight.double() @ matrix - weight.double()
     found = change_by_cores(weight, [core.to(dtype) for core in cores])
     assert found.dtype == dtype
+    assert change_by_cores(weight[:0], [core.to(dtype) for core in cores]).shape == (0, len(matrix))
     assert (found.double() - expected).norm() <= 8 * torch.finfo(dtype).eps * weight.double().norm()
 
 
