@@ -97,12 +97,13 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     result = weight.new_empty(len(weight), n_hi, n_lo)
     between = len(weight) * max(1, terms) * n_hi * n_lo * weight.element_size()
     pieces = max(1, -(-between // _BYTES)) if weight.device.type == "cpu" else 1
+    room = weight.new_empty(-(-len(weight) // pieces) * n_hi, terms * n_lo)
     for rows, out in zip(weight.tensor_split(pieces), result.tensor_split(pieces), strict=True):
         count = len(rows)
         torch.bmm(fixed.expand(count, -1, -1), rows.reshape(count, n_hi, n_lo), out=out)
         if terms:
-            met = (rows.reshape(count * n_hi, n_lo) @ left).view(count, n_hi * terms, n_lo)
-            out.baddbmm_(right.expand(count, -1, -1), met)
+            met = torch.mm(rows.reshape(count * n_hi, n_lo), left, out=room[: count * n_hi])
+            out.baddbmm_(right.expand(count, -1, -1), met.view(count, n_hi * terms, n_lo))
     return result.flatten(1)
 
 
