@@ -17,7 +17,7 @@ from trlora.errors import CheckpointError
 from trlora.training.config import TrainingConfigError
 from trlora.training.weight_group import Group
 
-_HOLDER = "_trlora_stacked"
+_STACKED = "_trlora_stacked"
 """Attribute of a parameter that shows a row of a stack."""
 
 
@@ -86,14 +86,14 @@ class ParameterStacks:
         try:
             for group, leaves in self._groups:
                 own = group.parameters()
-                if any(hasattr(parameter, _HOLDER) for parameter in own):
+                if any(hasattr(parameter, _STACKED) for parameter in own):
                     raise TrainingConfigError(
                         "this adapter is being trained already; let the other training end before another one begins"
                     )
                 opened.append((group, leaves))
                 group.held[:], group.windows[:] = leaves, own
                 for parameter in own:
-                    setattr(parameter, _HOLDER, True)
+                    setattr(parameter, _STACKED, True)
                 _look_through_(group)
             self.zero_grad()
             yield
@@ -101,11 +101,11 @@ class ParameterStacks:
             for group, leaves in opened:
                 for parameter in group.windows:
                     parameter.data, parameter.grad = parameter.data.clone(), None
-                    delattr(parameter, _HOLDER)
+                    delattr(parameter, _STACKED)
                 for leaf in leaves:
                     leaf.grad = None
-                group.held.clear()
-                group.windows.clear()
+                for state in (group.held, group.windows, group.pointers):
+                    state.clear()
 
     def zero_grad(self) -> None:
         """No gradient is left, of stacks and of parameters."""

@@ -24,11 +24,12 @@ from trlora.training.accelerated import accelerator_for, seed_
 from trlora.training.config import TrainingConfig, TrainingConfigError
 from trlora.training.ema import MovingAverage
 from trlora.training.order import Order, mixed
+from trlora.training.output import Output
 from trlora.training.parameter_stacks import ParameterStacks
 from trlora.training.parameters import trainable_parameters
+from trlora.training.smaller import what_takes_less
 from trlora.training.state import (
     TrainingState,
-    checkpoints,
     folder_of,
     load_state,
     prune,
@@ -116,6 +117,7 @@ class Trainer:
                 raise TrainingConfigError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
             enable()
         self.accelerator: Any = accelerator if accelerator is not None else accelerator_for(config)
+        self._output = Output(self.out, self.accelerator)
         precision = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
         weights = config.path == "weight"
         self._prepared: Any
@@ -148,10 +150,10 @@ class Trainer:
             TrainingConfigError: it was trained with another config; the fields are named.
         """
         if str(checkpoint) == "latest":
-            known = {} if self.out is None else checkpoints(self.out)
-            if not known:
+            last = self._output.last_checkpoint()
+            if last is None:
                 return 0
-            checkpoint = list(known.values())[-1]
+            checkpoint = last
         folder = Path(checkpoint)
         state = load_state(folder)
         differences = self.config.differences(state.config)
@@ -248,8 +250,7 @@ class Trainer:
                         self.save_checkpoint(len(data))
         finally:
             self.model.train(was_training)
-        if self.out is not None:
-            self._save(lambda out: save_adapter(self.adapter(), out / ADAPTER_NAME, overwrite=True))
+        self._output.write(self.step, lambda out: save_adapter(self.adapter(), out / ADAPTER_NAME, overwrite=True))
         return records
 
     def adapter(self) -> Adapter:
@@ -276,7 +277,7 @@ class Trainer:
             save_state(found, folder_of(out, self.step))
             prune(out, self.config.keep_checkpoints)
 
-        self._save(write)
+        self._output.write(self.step, write)
 
     def _check_data(self, samples: int) -> None:
         if samples == 0:
@@ -312,30 +313,12 @@ class Trainer:
                 around=nullcontext if self._path is None else self._path.built,
             )
         except TrainingError as error:
-            raise TrainingError(f"{error}{self._kept()}") from error
+            raise TrainingError(f"{error}{self._output.kept()}") from error
         except torch.OutOfMemoryError as error:
+            less = what_takes_less(self.config, self.model)
             raise TrainingError(
-                f"step {self.step}: out of memory on {self.accelerator.device}; {self._smaller()}{self._kept()}"
+                f"step {self.step}: out of memory on {self.accelerator.device}; {less}{self._output.kept()}"
             ) from error
-
-    def _smaller(self) -> str:
-        """What would take less memory."""
-        config = self.config
-        ways = []
-        if config.batch_size > 1:
-            half = config.batch_size // 2
-            ways.append(
-                f"a batch size of {half} with {config.accumulation * -(-config.batch_size // half)} accumulated"
-            )
-        if not config.gradient_checkpointing and hasattr(self.model, "enable_gradient_checkpointing"):
-            ways.append("gradient checkpointing")
-        if config.mixed_precision == "no":
-            ways.append("mixed precision (bf16 or fp16)")
-        return f"try {', or '.join(ways)}" if ways else "use smaller images, or a device with more memory"
-
-    def _kept(self) -> str:
-        known = {} if self.out is None else checkpoints(self.out)
-        return f". The last checkpoint is {list(known.values())[-1]}" if known else ""
 
     def _tell(self, record: StepRecord, callbacks: Sequence[Callback]) -> None:
         if self.accelerator.trackers:
@@ -355,27 +338,7 @@ class Trainer:
             with atomic_file(out / CONFIG_NAME) as temporary:
                 temporary.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-        if self.out is not None:
-            self._save(write)
-
-    def _save(self, write: Callable[[Path], None]) -> None:
-        """Write on one process, the others wait.
-
-        Raises:
-            TrainingError: the disk is full, or cannot be written.
-        """
-        assert self.out is not None
-        if self.accelerator.is_main_process:
-            try:
-                write(self.out)
-            except FileExistsError:
-                raise
-            except OSError as error:
-                raise TrainingError(
-                    f"step {self.step}: {self.out} could not be written ({error.strerror or error}); make room and resume"
-                    f"{self._kept()}"
-                ) from error
-        self.accelerator.wait_for_everyone()
+        self._output.write(self.step, write)
 
 
 def _adamw(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
