@@ -15,7 +15,6 @@ from trlora.swap.variant import Variant
 
 _SOURCE = Path(__file__).with_name("kernel.cu")
 _OLDEST = (8, 0)
-_KINDS = {torch.Tensor: ctypes.c_void_p, int: ctypes.c_int, float: ctypes.c_float}
 
 
 def missing(device: torch.device) -> str | None:
@@ -66,31 +65,49 @@ class Kernel:
             torch.cuda.current_stream()  # makes torch's context the current one
             code = compile_cubin(variant, torch.cuda.get_device_capability())
             self._module = _done(driver.cuModuleLoadData(code))
-            self._function = _done(driver.cuModuleGetFunction(self._module, b"swap"))
+            self.function = _done(driver.cuModuleGetFunction(self._module, b"swap"))
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _done(driver.cuFuncSetAttribute(self._function, most, variant.shared_bytes))
+            _done(driver.cuFuncSetAttribute(self.function, most, variant.shared_bytes))
             count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
-            together = _done(count(self._function, variant.threads, variant.shared_bytes))
+            together = _done(count(self.function, variant.threads, variant.shared_bytes))
         self.resident_blocks = together * torch.cuda.get_device_properties(device).multi_processor_count
         """That the GPU runs at a time."""
 
-    def __call__(self, blocks: int, arguments: Sequence[torch.Tensor | int | float]) -> None:
-        """Launch it on torch's current stream.
+    def bound(self, blocks: int, arguments: Sequence[torch.Tensor | int], floats: int) -> Bound:
+        """The kernel with its arguments, to be launched again and again.
 
         Args:
-            arguments: tensors, passed as pointers, and int32 and float32 values.
+            arguments: tensors, passed as pointers, and int32 values.
+            floats: how many float32 values come after them, given with every launch.
         """
+        return Bound(self, blocks, arguments, floats)
+
+
+@final
+class Bound:
+    """A kernel with its arguments; see `Kernel.bound`."""
+
+    def __init__(self, kernel: Kernel, blocks: int, arguments: Sequence[torch.Tensor | int], floats: int) -> None:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
-        values = tuple(item.data_ptr() if isinstance(item, torch.Tensor) else item for item in arguments)
-        kinds = tuple(next(of for kind, of in _KINDS.items() if isinstance(item, kind)) for item in arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        variant = self.variant
-        _done(
-            driver.cuLaunchKernel(
-                self._function, blocks, 1, 1, variant.threads, 1, 1, variant.shared_bytes, stream, (values, kinds), 0
-            )
+        self._keep = (kernel, arguments)
+        fixed = [
+            ctypes.c_void_p(item.data_ptr()) if isinstance(item, torch.Tensor) else ctypes.c_int(item)
+            for item in arguments
+        ]
+        self._floats = [ctypes.c_float() for _ in range(floats)]
+        self._values = [*fixed, *self._floats]
+        self._addresses = (ctypes.c_void_p * len(self._values))(*map(ctypes.addressof, self._values))
+        variant = kernel.variant
+        self._launch = functools.partial(
+            driver.cuLaunchKernel, kernel.function, blocks, 1, 1, variant.threads, 1, 1, variant.shared_bytes
         )
+
+    def __call__(self, floats: Sequence[float], stream: int) -> None:
+        """Launch it on a stream, given by its handle."""
+        for value, given in zip(self._floats, floats, strict=True):
+            value.value = given
+        _done(self._launch(stream, ctypes.addressof(self._addresses), 0))  # the driver copies the values
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trlora.errors import ShapeError
 from trlora.layers import LayerAdapter, weight_change
-from trlora.swap.launch import Launch
+from trlora.swap.launch import Launches
 from trlora.swap.nvrtc import kernel_for, missing
 from trlora.swap.packed import pack
 from trlora.swap.plan import Plan, plan_of
@@ -103,8 +103,8 @@ class WeightWriter:
         """Write every buffer, on torch's current stream. Without adapters it is W0 to the last bit."""
         with torch.no_grad():
             swap = self._swap_of([adapter for adapter, _ in active])
-            if swap.launches:
-                self._launch(swap.launches, [strength for _, strength in active])
+            if swap.launches is not None:
+                swap.launches([strength for _, strength in active], self._streams_for(len(swap.launches)))
             for path in swap.plan.torch:
                 pairs = [(adapter.on_device(path), strength) for adapter, strength in active if path in adapter.layers]
                 change = weight_change(self._pristine[path], pairs, torch.float32)
@@ -124,15 +124,14 @@ class WeightWriter:
         """The path of a layer whose buffer is not finite after a write of these adapters; None where all are. Waits for the
         device."""
         swap = self._swap_of([adapter for adapter, _ in active])
-        flags = [launch.wrong() for launch in swap.launches]
-        paths = [path for group in swap.plan.groups for path in group.paths]
+        flags = [] if swap.launches is None else swap.launches.wrong()
         if swap.plan.torch:
             sums = [self._buffers[path].sum(dtype=torch.float32) for path in swap.plan.torch]
-            flags.append((~torch.stack(sums).isfinite()).int())
-            paths += list(swap.plan.torch)
-        if not flags:
+            flags += (~torch.stack(sums).isfinite()).tolist()
+        if not any(flags):
             return None
-        return next((path for path, flag in zip(paths, torch.cat(flags).tolist(), strict=True) if flag), None)
+        paths = [*(path for group in swap.plan.groups for path in group.paths), *swap.plan.torch]
+        return next(path for path, flag in zip(paths, flags, strict=True) if flag)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ class WeightWriter:
             limit = {"shared_limit": properties.shared_memory_per_block_optin}
         with torch.no_grad():
             plan = plan_of(self._pristine, self._buffers, [adapter.layers for adapter in adapters], why_not, **limit)
-            launches = []
+            parts = []
             for group in plan.groups:
                 weights = [self._pristine[path] for path in group.paths]
                 rows = [weight.shape[0] for weight in weights]
@@ -163,39 +162,29 @@ class WeightWriter:
                     pack(group.variant, number, rows, factors, self.device)
                     for number, factors in enumerate(group.factors)
                 ]
-                kernel = kernel_for(group.variant, self.device)
-                launches.append(Launch(kernel, weights, [self._buffers[path] for path in group.paths], packed))
+                outs = [self._buffers[path] for path in group.paths]
+                parts.append((kernel_for(group.variant, self.device), weights, outs, packed))
         for path in plan.torch:
             for adapter in adapters:
                 if path in adapter.layers:
                     adapter.on_device(path)
-        return _Swap(list(adapters), plan, launches)
+        return _Swap(list(adapters), plan, Launches(parts) if parts else None)
 
-    def _launch(self, launches: Sequence[Launch], strengths: Sequence[float]) -> None:
-        """The greatest on the current stream, the others beside it: their last blocks fill its gaps."""
-        current = torch.cuda.current_stream(self.device)
-        ordered = sorted(launches, key=lambda launch: -launch.work)
-        while len(self._streams) < len(ordered) - 1:
+    def _streams_for(self, launches: int) -> list[torch.cuda.Stream]:
+        """Those beside the caller's own."""
+        while len(self._streams) < launches - 1:
             self._streams.append(torch.cuda.Stream(self.device))
-        used = self._streams[: len(ordered) - 1]
-        for stream in used:
-            stream.wait_stream(current)
-        ordered[0](strengths)
-        for launch, stream in zip(ordered[1:], used, strict=True):
-            with torch.cuda.stream(stream):
-                launch(strengths)
-        for stream in used:
-            current.wait_stream(stream)
+        return self._streams[: launches - 1]
 
 
 @final
 class _Swap:
     """A plan made ready."""
 
-    def __init__(self, adapters: list[PreparedAdapter], plan: Plan, launches: list[Launch]) -> None:
+    def __init__(self, adapters: list[PreparedAdapter], plan: Plan, launches: Launches | None) -> None:
         self.adapters = adapters if len(adapters) > 1 else []  # their identities are keys; one alone holds this itself
         self.plan = plan
         self.launches = launches
         self.report = SwapReport(
-            sum(len(group.paths) for group in plan.groups), len(launches), plan.torch, len(plan.unchanged)
+            sum(len(group.paths) for group in plan.groups), len(plan.groups), plan.torch, len(plan.unchanged)
         )
