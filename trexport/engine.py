@@ -233,9 +233,15 @@ def source_for(
             return TorchModel(open_base(str(artifact.folder)), (), manifest.dtype)
         timestep = next((tensor.axes for tensor in manifest.io.inputs if tensor.name == "timestep"), ())
         bank = _bank_of(artifact)
-        merged = () if manifest.swappable is not None or bank is not None else adapters
-        layers = _adapted(artifact) if bank is not None else {}
-        return TorchModel(base, merged, manifest.dtype, timestep_per_sample=bool(timestep), bank=bank, banked=layers)
+        replaced = manifest.swappable is not None or bank is not None
+        return TorchModel(
+            base,
+            () if replaced else adapters,
+            manifest.dtype,
+            timestep_per_sample=bool(timestep),
+            bank=bank,
+            replaceable=_adapted(artifact) if replaced else {},
+        )
     if manifest.kind != "onnx":
         raise UsageError(
             f"{artifact.folder}: a model for torch; {backend.name} builds from an artifact of trexport onnx"

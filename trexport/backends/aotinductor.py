@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast, final
 
@@ -165,7 +166,8 @@ class AotInductor(EngineBackend):
                 f"--optimization-level {level}: only UNets are rewritten, and this is a {source.base.architecture.noun}; "
                 "leave it out"
             )
-        fused = fuse_(cast(Any, model), options_for(device, DTYPES[source.dtype])) if level else None
+        wanted = replace(options_for(device, DTYPES[source.dtype]), replaceable=frozenset(source.replaceable))
+        fused = fuse_(cast(Any, model), wanted) if level else None
         placements = {} if fused is None else fused.placements
         banked = _banked(cast(nn.Module, model), source, placements, device) if source.bank is not None else None
         if device == "cuda":
@@ -237,7 +239,7 @@ class AotInductor(EngineBackend):
 
 def _banked(model: nn.Module, source: TorchModel, placements: Mapping[str, Rows], device: Device) -> Banked:
     """The model's adapted layers made to take a weight for every sample."""
-    shapes = constants_of(source.banked, placements, source.bank)
+    shapes = constants_of(source.replaceable, placements, source.bank)
     choice = Choice()
     bank_(model, shapes, choice)
     weights = {name: torch.zeros(shape, dtype=DTYPES[source.dtype], device=device) for name, shape in shapes.items()}

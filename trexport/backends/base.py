@@ -36,8 +36,8 @@ class TorchModel:
     """`timestep` is (batch,)."""
     bank: int | None = None
     """Take an adapter for every sample, from so many places."""
-    banked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of a bank: layer → shape of its weight."""
+    replaceable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of a bank and of a swappable model: layer → shape of its weight."""
 
 
 @final
@@ -52,7 +52,7 @@ class OnnxFile:
     weights of a swappable one, the index of a bank. Those that lie on the runner's device are used where they lie, so that
     who overwrites them changes the next run."""
     graph: bytes | None = None
-    """For builders: the graph where it is to differ from the file's, its external data beside `path`."""
+    """Where it is to differ from the file's; its external data lie beside `path`."""
     release_memory: bool = False
     """Give the memory of intermediate results back after every run, where the runtime keeps it for the next one."""
 

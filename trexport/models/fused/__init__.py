@@ -18,12 +18,24 @@ from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_att
 from trexport.models.fused.group_norm import fuse_group_norm_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.join_linear import join_linears_
-from trexport.models.fused.options import ALL, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
+from trexport.models.fused.options import ALL, MEASURED, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
 from trexport.models.fused.projection import fuse_projection_
 from trexport.models.fused.time_embedding import fuse_time_embedding_
+from trexport.models.fused.upsampling import fuse_upsampling_
 from trlora.errors import nearest
 
-__all__ = ["ALL", "PROJECTIONS", "REWRITES", "FuseOptions", "FuseReport", "Outcome", "fuse_", "join_", "options_for"]
+__all__ = [
+    "ALL",
+    "MEASURED",
+    "PROJECTIONS",
+    "REWRITES",
+    "FuseOptions",
+    "FuseReport",
+    "Outcome",
+    "fuse_",
+    "join_",
+    "options_for",
+]
 
 REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
     "self_attention": fuse_self_attention_,
@@ -31,6 +43,7 @@ REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
     "projection": fuse_projection_,
     "time_embedding": fuse_time_embedding_,
     "group_norm": fuse_group_norm_,
+    "upsampling": fuse_upsampling_,
 }
 
 

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
 _CONTIGUOUS = torch.ops.aten.contiguous.default
-_CONVOLUTION = torch.ops.aten.conv2d.default
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv_transpose2d.input)
 
 
 def join_norms_(program: ExportedProgram) -> Mapping[str, int]:
@@ -54,7 +54,7 @@ def _join(norm: fx.Node, found: Counter[str]) -> None:
         x, skip = x.args
         found["residual"] += 1
     for convolution in (x, skip):
-        if shift is None and convolution is not None and convolution.target is _CONVOLUTION:
+        if shift is None and convolution is not None and convolution.target in _CONVOLUTIONS:
             inputs = list(convolution.args)
             if len(inputs) > 2 and inputs[2] is not None and (convolution is source or _uses(convolution) == 1):
                 shift, inputs[2] = inputs[2], None

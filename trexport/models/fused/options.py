@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -15,8 +15,10 @@ Attention = Literal["default", "cudnn"]
 
 PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
 """The rewrites that make one product of several."""
-ALL = ("self_attention", "cross_attention", "projection", "time_embedding", "group_norm")
+ALL = ("self_attention", "cross_attention", "projection", "time_embedding", "group_norm", "upsampling")
 """The names of all rewrites, see `trexport.models.fused.REWRITES`."""
+MEASURED = tuple(name for name in ALL if name != "upsampling")
+"""Those that were measured to gain in the whole step."""
 
 
 @final
@@ -29,20 +31,22 @@ class FuseOptions:
     """Of normalisations: torch's own operators, or ours in Triton (CUDA; on the CPU in Triton's interpreter only)."""
     attention: Attention = "default"
     """`cudnn`: for heads of at most 128 channels, see `trexport.models.fused.attention`."""
+    replaceable: Collection[str] = ()
+    """Paths of layers whose weights are replaced later: they are not mixed with others."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"rewrites": list(self.rewrites), "kernels": self.kernels, "attention": self.attention}
 
 
 def options_for(device: torch.device | str, dtype: torch.dtype) -> FuseOptions:
-    """What was measured to be best on a device: on compute capability 9.0, in half precision, all rewrites with our kernels
+    """What was measured to be best on a device: on compute capability 9.0, in half precision, `MEASURED` with our kernels
     (give the exported program to `join_` then) and cuDNN's attention; elsewhere the projections in one product each.
     """
     device = torch.device(device)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if not hopper or dtype not in (torch.float16, torch.bfloat16):
         return FuseOptions(PROJECTIONS)
-    return FuseOptions(ALL, "triton", "cudnn" if torch.backends.cudnn.is_available() else "default")
+    return FuseOptions(MEASURED, "triton", "cudnn" if torch.backends.cudnn.is_available() else "default")
 
 
 @final

@@ -46,6 +46,10 @@ def test_a_joined_program_is_the_plain_unet(name: str) -> None:
         node.args[3] is None for node in program.graph.nodes if str(node.target) == "trexport.joined_group_norm.default"
     )
     assert "aten.contiguous.default" not in targets
+    upsampled = [node for node in program.graph.nodes if "conv_transpose2d" in str(node.target)]
+    assert [node.args[2] for node in upsampled] == [None] * len(
+        model.up_blocks[:-1]
+    )  # its bias is added by the next norm
     # that of the embedding, none of a map
     cats = [node for node in program.graph.nodes if str(node.target) == "aten.cat.default"]
     assert all(node.meta["val"].dim() == 2 for node in cats)
