@@ -53,6 +53,16 @@ def integers(value: ir.Value | None) -> list[int] | None:
     return None if found is None else [int(element) for element in found.reshape(-1)]
 
 
+def new_constant(graph: ir.Graph, elements: np.ndarray, name: str) -> ir.Value:
+    """An initialiser of a name that says what it holds: one that is there already is taken."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(np.ascontiguousarray(elements), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(elements.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def dims(value: ir.Value | None) -> list[int | str] | None:
     """The sizes of a value, free axes by name; None where the rank or a size is not known."""
     if value is None or value.shape is None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from trexport.graph.matching import MICROSOFT, dims, finish, integers, is_op, made_by, op, replace
+from trexport.graph.matching import MICROSOFT, dims, finish, integers, is_op, linear_bias, made_by, op, replace
 
 
 def skip_group_norm(model: ir.Model) -> int:
-    """Replace `Add` and `com.microsoft.GroupNorm` by `com.microsoft.SkipGroupNorm`, which gives the sum out too where others
-    read it; in place. Returns how many. Residuals of the same shape, and rows (N, C) for whole images, a time embedding for
-    instance, which it takes as they are.
+    """Replace `Add` and `com.microsoft.GroupNorm` by `com.microsoft.SkipGroupNorm`, which adds the bias of a product before
+    it too, and gives the sum out where others read it; in place. Returns how many. Residuals of the same shape, and rows
+    (N, C) for whole images, a time embedding for instance, which it takes as they are.
     """
     sites = 0
     for node in list(model.graph):
@@ -20,12 +20,17 @@ def skip_group_norm(model: ir.Model) -> int:
         add = made_by(x, "Add")
         if add is None or x is None or x.is_graph_output():
             continue
-        parts = _parts(add)
+        parts = parts_of(add)
         if parts is None:
             continue
         image, skip = parts
+        inputs = [image, gamma, beta, skip]
+        if (biased := linear_bias(image)) is not None:
+            inputs = [biased[0], gamma, beta, skip, biased[1]]
+        elif (biased := linear_bias(skip)) is not None and dims(skip) == dims(image):
+            inputs = [image, gamma, beta, biased[0], biased[1]]
         y = node.outputs[0]
-        fused = op("SkipGroupNorm", [image, gamma, beta, skip], dict(node.attributes), like=y, domain=MICROSOFT)
+        fused = op("SkipGroupNorm", inputs, dict(node.attributes), like=y, domain=MICROSOFT)
         if len(x.uses()) > 1:
             fused.resize_outputs(2)
             total = fused.outputs[1]
@@ -38,7 +43,7 @@ def skip_group_norm(model: ir.Model) -> int:
     return finish(model, sites)
 
 
-def _parts(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+def parts_of(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """What is added to, and what is added: of the same shape, or a row for a whole image."""
     whole = dims(add.outputs[0])
     for image, skip in (add.inputs, add.inputs[::-1]):

@@ -7,7 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from trexport.graph.matching import constant, dims, finish, integers, is_op, made_by, number, op, permutation, replace
+from trexport.graph.matching import (
+    constant,
+    dims,
+    finish,
+    integers,
+    is_op,
+    made_by,
+    new_constant,
+    number,
+    op,
+    permutation,
+    replace,
+)
 
 TO_LAST = [0, 2, 3, 1]
 TO_FIRST = [0, 3, 1, 2]
@@ -100,7 +112,7 @@ def _per_channel(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
     sizes = dims(node.inputs[0])
     if sizes is None or len(sizes) != 2:
         return None
-    axes = _constant(graph, np.array([1, 2], dtype=np.int64), "image_axes")
+    axes = new_constant(graph, np.array([1, 2], dtype=np.int64), "image_axes")
     row = op("Unsqueeze", [node.inputs[0], axes], like=node.outputs[0], shape=[sizes[0], 1, 1, sizes[1]])
     graph.insert_before(node, row)
     return row.outputs[0]
@@ -122,7 +134,7 @@ def _resize(graph: ir.Graph, node: ir.Node) -> tuple[list[ir.Value | None], dict
         elements = constant(value)
         if value is not None and (elements is None or elements.shape != (4,)):
             return None
-        rearranged.append(None if elements is None else _constant(graph, elements[TO_LAST], f"{value.name}.last"))  # type: ignore[union-attr]
+        rearranged.append(None if elements is None else new_constant(graph, elements[TO_LAST], f"{value.name}.last"))  # type: ignore[union-attr]
     return [_last(x), None, *rearranged], {}
 
 
@@ -135,12 +147,3 @@ _RULES: dict[str, _Rule] = {
     "Concat": _concat,
     "Resize": _resize,
 }
-
-
-def _constant(graph: ir.Graph, elements: np.ndarray, name: str) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.tensor(np.ascontiguousarray(elements), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(elements.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

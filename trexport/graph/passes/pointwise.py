@@ -1,0 +1,72 @@
+"""1×1 convolutions of images with channels last as products, where what comes next takes their bias along."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from trexport.graph.matching import MICROSOFT, dims, finish, is_op, made_by, only_user, op, permutation, replace
+from trexport.graph.passes.skip_group_norm import parts_of
+from trexport.graph.passes.transposes import TO_LAST
+
+
+def pointwise(model: ir.Model) -> int:
+    """Replace `com.microsoft.NhwcConv` of one pixel by `MatMul` and `Add`, where the sum goes into a residual that is
+    normalised (`skip_group_norm` takes the bias), or as tokens into a `LayerNormalization` (`layer_norm` does); in place.
+    Returns how many. Elsewhere a bias would be a kernel of its own."""
+    sites = 0
+    for node in list(model.graph):
+        if not is_op(node, "NhwcConv", MICROSOFT) or not _is_pointwise(node):
+            continue
+        y = node.outputs[0]
+        user = only_user(y)
+        weight = made_by(node.inputs[1], "Transpose")
+        if user is None or weight is None or permutation(weight) != TO_LAST:
+            continue
+        if is_op(user, "Reshape") and user.inputs[0] is y and _is_normalised_as_tokens(user.outputs[0]):
+            tokens = user.outputs[0]
+            product = _product(node, weight.inputs[0])
+            view = op("Reshape", [product[-1].outputs[0], user.inputs[1]], like=y, shape=dims(tokens))
+            biased = op("Add", [view.outputs[0], node.inputs[2]], like=y, shape=dims(tokens))
+            replace(model.graph, tokens, [*product, view, biased])
+        elif is_op(user, "Add") and _is_normalised_as_image(user):
+            product = _product(node, weight.inputs[0])
+            biased = op("Add", [product[-1].outputs[0], node.inputs[2]], like=y)
+            replace(model.graph, y, [*product, biased])
+        else:
+            continue
+        sites += 1
+    return finish(model, sites)
+
+
+def _is_pointwise(node: ir.Node) -> bool:
+    attributes = node.attributes
+    return (
+        (dims(node.inputs[1]) or [])[1:3] == [1, 1]
+        and attributes.get_int("group", 1) == 1
+        and not any(attributes.get_ints("pads", [0]))
+        and set(attributes.get_ints("strides", [1])) == {1}
+    )
+
+
+def _product(node: ir.Node, weight: ir.Value | None) -> list[ir.Node]:
+    """(N, H, W, C) · (C, M), from the convolution's own weight (M, C, 1, 1)."""
+    assert weight is not None
+    rows, columns = (dims(weight) or [])[:2]
+    matrix = op("Squeeze", [weight], like=weight, shape=[rows, columns])
+    turned = op("Transpose", matrix.outputs, {"perm": [1, 0]}, like=weight, shape=[columns, rows])
+    product = op("MatMul", [node.inputs[0], turned.outputs[0]], like=node.outputs[0])
+    product.metadata_props.update(node.metadata_props)
+    return [matrix, turned, product]
+
+
+def _is_normalised_as_tokens(value: ir.Value) -> bool:
+    sizes = dims(value)
+    fixed = sizes is not None and len(sizes) == 3 and isinstance(sizes[1], int)
+    return fixed and any(is_op(use.node, "LayerNormalization") for use in value.uses())
+
+
+def _is_normalised_as_image(add: ir.Node) -> bool:
+    total = add.outputs[0]
+    users = [use.node for use in total.uses()]
+    norms = [node for node in users if is_op(node, "GroupNorm", MICROSOFT) and node.inputs[0] is total]
+    return bool(norms) and not total.is_graph_output() and parts_of(add) is not None
