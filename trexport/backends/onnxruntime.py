@@ -22,7 +22,7 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import ArtifactError, MissingError, RunError
-from trexport.graph.ort_graph import PASSES, OrtGraph, ort_graph
+from trexport.graph.ort_graph import OrtGraph, ort_graph, usual_passes
 from trexport.models.model import DTYPES, sizes_of, spread_timestep
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -230,7 +230,9 @@ class _OnnxRuntimeRunner(Runner):
         return dict(step.outputs)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        rewritten = None if self._graph is None else f"rewritten, places by pass: {self._graph}"
+        rewritten = (
+            None if self._graph is None or not self._graph.replaced else f"rewritten, places by pass: {self._graph}"
+        )
         if self.device == "cpu":
             return replace(self._bind(self._session, feeds), note=rewritten)
         self._session = None  # one copy of the weights at a time
@@ -308,7 +310,7 @@ class OnnxRuntime(AbstractBackend):
     consumes: ClassVar[type[TorchModel] | type[OnnxFile] | type[EngineFile]] = OnnxFile
 
     passes: Sequence[str] | None = None
-    """By which to rewrite graphs, on any device; None for all of them on CUDA in half precision (fp16), the only one that
+    """By which to rewrite graphs, on any device; None for `usual_passes` on CUDA in half precision (fp16), the only one that
     all of the operators have kernels for, and none otherwise."""
     provider: Mapping[str, str] = field(default_factory=dict)
     """Further options of the CUDA provider, by its own names."""
@@ -322,6 +324,6 @@ class OnnxRuntime(AbstractBackend):
         if not available.ok:
             raise MissingError(f"onnxruntime: {available.reason}")
         half = any(tensor.dtype == "fp16" for tensor in source.spec.outputs)
-        passes = self.passes if self.passes is not None else tuple(PASSES) if device == "cuda" and half else ()
-        graph = ort_graph(source.path, passes) if passes else None
+        passes = self.passes if self.passes is not None else usual_passes() if device == "cuda" and half else ()
+        graph = ort_graph(source.path, passes, source.graph) if passes or source.graph is not None else None
         return _OnnxRuntimeRunner(source, device, graph, self.provider)

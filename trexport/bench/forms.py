@@ -18,8 +18,8 @@ from trexport.errors import UsageError
 from trexport.models.adapters import BoundAdapter
 from trexport.session.form import AbstractBank
 from trexport.session.forms import form_of
-from trexport.session.replaced import ReplacedBank, ReplacedForm
-from trexport.session.sources import chosen_in_bank, source_of
+from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenForm
+from trexport.session.sources import chosen_in_bank, source_in_session
 
 _HOUR_MS = 3.6e6
 
@@ -87,12 +87,13 @@ def form_name(artifact: Artifact) -> str:
 
 
 def file_for(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> OnnxFile | EngineFile:
-    """An artifact with adapters active, as a backend takes it: of a bank, the first one for every sample.
+    """An artifact with adapters active, as a backend takes it and a session runs it: of a bank, the first one for every
+    sample.
 
     Raises:
         UsageError: an artifact that torch runs.
     """
-    source = source_of(artifact, adapters, device)
+    source = source_in_session(artifact, adapters, device)
     if isinstance(source, TorchModel):
         raise UsageError(
             f"{artifact.folder}: a UNet for torch, expected an artifact of trexport onnx or trexport engine"
@@ -123,7 +124,7 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
-    by = str(form.report) if isinstance(form, (ReplacedForm, ReplacedBank)) else None
+    by = str(form.report) if isinstance(form, (ReplacedForm, ReplacedBank, WrittenForm)) else None
     return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size, by)
 
 

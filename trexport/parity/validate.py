@@ -30,7 +30,10 @@ from trexport.parity.report import ComponentParity, FirstDeviation, ParityReport
 from trexport.parity.tolerance import TOLERANCES, Tolerance
 from trexport.profile import Profile
 from trexport.progress import SILENT, Progress
-from trexport.session.sources import backend_for, source_of
+from trexport.session.forms import is_written
+from trexport.session.sources import backend_for, source_in_session, source_of
+
+_IN_SESSION = Who("in a session", None)
 
 
 @final
@@ -62,8 +65,9 @@ def validate(
     """Compare an artifact with float32 PyTorch with the adapters factored, over timesteps, seeds, shapes, and over one
     whole trajectory; of a whole pipeline, each of its other models too, of a merged one the text encoders with adapters in
     them. A blank or swappable artifact is fed the adapters;
-    of a bank, every adapter is checked alone, and all in one batch, each sample against its own picture. Inputs are rounded
-    to the artifact's precision first, so that both see the same.
+    of a bank, every adapter is checked alone, and all in one batch, each sample against its own picture. Where a session
+    runs an artifact in another way than the file says (`trexport.session.forms.is_written`), both are checked. Inputs are
+    rounded to the artifact's precision first, so that both see the same.
 
     It fails where an error leaves its tolerance, where anything is NaN or Inf, and where the adapters do not move the
     output, for then equality proves nothing.
@@ -107,6 +111,17 @@ def validate(
             trajectory = compare_trajectory(
                 runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
             )
+    if is_written(artifact, device):
+        groups = [*groups, _IN_SESSION]
+        with (
+            progress.task("in a session"),
+            backend.load(source_in_session(artifact, adapters, device), device) as runner,
+        ):
+            for sizes in shapes:
+                timestep, seed = options.timesteps[0], options.seeds[0]
+                feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
+                step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, _IN_SESSION)
+                steps.append(step)
     failures: list[str] = []
     elsewhere = any(adapter.strength for adapter in adapters if not adapter.on_base)  # shown by what it is on
     shown = False
@@ -133,7 +148,12 @@ def validate(
     if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
-        elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
+        elif (
+            worst.who == _IN_SESSION.label
+            or (artifact.blank and adapters)
+            or manifest.swappable is not None
+            or groups[0].chosen is not None
+        ):
             note = "the first wrong tensor is looked for in models that hold their adapters, not where they are fed"
         else:
             with progress.task("locate"):

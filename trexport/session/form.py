@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class AdapterForm(ABC):
 
     buffers: dict[str, Tensor]
     """By input name; overwritten in place, never replaced."""
+    graph: bytes | None = None
+    """The graph that reads them, where it is not the artifact's own."""
 
     @abstractmethod
     def slots(self) -> Sequence[Slot]:
@@ -72,6 +75,22 @@ class AdapterForm(ABC):
         if not fits and first is not None:
             raise first
         return Prepared(name, adapter.strength, fits)
+
+
+def placed(active: Sequence[tuple[Prepared, float]], slots: Sequence[Slot]) -> dict[int, tuple[Prepared, float]]:
+    """Which slot each adapter goes into, of a graph that has one for each at once.
+
+    Raises:
+        UsageError: more adapters than slots, or no way in which all fit.
+    """
+    if len(active) > len(slots):
+        raise UsageError(f"{len(active)} adapters to be active at once, this graph takes {len(slots)}")
+    for places in itertools.permutations(range(len(slots)), len(active)):
+        taken = dict(zip(places, active, strict=True))
+        if all(place in prepared.fits for place, (prepared, _) in taken.items()):
+            return taken
+    names = [prepared.name for prepared, _ in active]
+    raise UsageError(f"{names} do not fit into this graph's slots together; export for them")
 
 
 class AbstractBank(AdapterForm):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, final
 
+import onnx_ir as ir
 import torch
 
-from trexport.adapter_file import factored_of, swappable_of
+from trexport.adapter_file import factored_of, layer_shapes, swappable_of
 from trexport.artifact import Artifact
 from trexport.backends import Device
 from trexport.backends.onnxruntime import bound_run, open_session
-from trexport.errors import ArtifactError, UsageError
+from trexport.errors import ArtifactError
 from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import STRENGTH, Slot, banked
+from trexport.graph.passes.written import written
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
 from trexport.pristine import copy_of, stored_weights
-from trexport.session.form import AbstractBank, AdapterForm, Prepared
-from trexport.session.replaced import ReplacedBank, ReplacedForm, pristine_of_engine
+from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
+from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenForm, pristine_of_engine
+
+WRITING: tuple[Device, ...] = ("cuda",)
+"""Where writing weights once is faster than computing with cores in every step."""
 
 
 @final
@@ -36,20 +40,7 @@ class FactoredForm(AdapterForm):
         return self._slots
 
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        if len(active) > len(self._slots):
-            raise UsageError(f"{len(active)} adapters to be active at once, this graph takes {len(self._slots)}")
-        places = next(
-            (
-                places
-                for places in itertools.permutations(range(len(self._slots)), len(active))
-                if all(place in prepared.fits for place, (prepared, _) in zip(places, active, strict=True))
-            ),
-            None,
-        )
-        if places is None:
-            names = [prepared.name for prepared, _ in active]
-            raise UsageError(f"{names} do not fit into this graph's slots together; export for them")
-        taken = {place: given for place, given in zip(places, active, strict=True)}
+        taken = placed(active, self._slots)
         for number, slot in enumerate(self._slots):
             # strength zero alone would not silence cores whose products overflow
             tensors = taken[number][0].fits[number] if number in taken else slot.neutral()
@@ -135,4 +126,36 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
     if record is not None and record.bank is not None:
         (slot,) = factored.slots
         return ReplacedBank(slot, pristine_of_engine(artifact, slot), device, record.bank, record.placements)
-    return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)
+    if factored.bank is not None:
+        return BankForm(factored, device)
+    if is_written(artifact, device):
+        return written_form(artifact, factored, device)
+    return FactoredForm(factored, device)
+
+
+def is_written(artifact: Artifact, device: Device) -> bool:
+    """Whether sessions write the weights of an artifact that takes cores: of a factored ONNX model whose adapters change the
+    weights of linear layers and nothing else, on a GPU."""
+    if artifact.manifest.kind != "onnx" or artifact.manifest.factored is None or device not in WRITING:
+        return False
+    factored, shapes = factored_of(artifact), layer_shapes(artifact)
+    if factored.bank is not None:
+        return False
+    return all(
+        len(shapes[path]) == 2 and (layer.magnitude is None or not layer.magnitude.scales_bias)
+        for slot in factored.slots
+        for path, layer in slot.layers.items()
+    )
+
+
+def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm:
+    """A factored ONNX artifact with weights in the place of cores; see `is_written`."""
+    model = ir.load(artifact.onnx_path)
+    pristine = {
+        path: copy_of(stored)
+        for slot in factored.slots
+        for path in slot.layers
+        if (stored := model.graph.initializers[f"{path}.weight"].const_value) is not None
+    }
+    written(model, [name for slot in factored.slots for name in slot.neutral()])
+    return WrittenForm(factored.slots, pristine, device, ir.serde.serialize_model(model).SerializeToString())

@@ -17,7 +17,7 @@ from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
 from trexport.models.rows import Rows
-from trexport.session.form import AbstractBank, AdapterForm, Prepared
+from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
 from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
 
@@ -58,18 +58,56 @@ class ReplacedForm(AdapterForm):
         return [self._slot]
 
     def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return replace(super().prepare(name, adapter), on_device=self._writer.prepare(adapter.layers))
+        return replace(super().prepare(name, adapter), on_device=self.on_device(adapter))
+
+    def on_device(self, adapter: BoundAdapter) -> PreparedAdapter:
+        """An adapter where its weights are written."""
+        return self._writer.prepare(adapter.layers)
 
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         pairs = [(_on_device(prepared), strength) for prepared, strength in active]
         self.report = self._writer.write(pairs)
-        _finish(self.buffers)
         wrong = self._writer.not_finite(pairs)
+        _finish(self.buffers)
         if wrong is not None:
             given = {prepared.name: strength for prepared, strength in active}
             raise ArtifactError(
                 f"{wrong}.weight: not finite with {given}; the strengths are too great for this precision"
             )
+
+
+@final
+class WrittenForm(AdapterForm):
+    """A factored model with fed weights in the place of cores, written as by `ReplacedForm` when adapters are activated:
+    computing with cores in every step takes a GPU many small kernels a layer.
+
+    Args:
+        slots: of the factored artifact. What fits them is taken, and no more at once.
+        pristine, device: as of `ReplacedForm`, of the layers of all slots.
+        graph: the model's, as `trexport.graph.passes.written` makes it.
+    """
+
+    def __init__(self, slots: Sequence[Slot], pristine: Mapping[str, Tensor], device: Device, graph: bytes) -> None:
+        self._slots = slots
+        every = Slot("", {path: layer for slot in slots for path, layer in slot.layers.items()})
+        self._replaced = ReplacedForm(every, pristine, device)
+        self.buffers = self._replaced.buffers
+        self.graph = graph
+
+    @property
+    def report(self) -> SwapReport:
+        """How weights were written the last time."""
+        return self._replaced.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._slots
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return replace(super().prepare(name, adapter), on_device=self._replaced.on_device(adapter))
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        placed(active, self._slots)
+        self._replaced.write(active)
 
 
 @final

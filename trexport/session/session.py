@@ -44,8 +44,13 @@ class Session:
     ```
 
     All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
-    *factored* (activating copies the cores, a step costs a little more), a *bank* (every sample of a run takes an adapter of
-    its own), and merged ones, which take no adapters. A session starts as the base.
+    *factored* (activating copies the cores, a step costs more; on CUDA, where only linear layers are adapted, as a swappable
+    one), a *bank* (every sample of a run takes an adapter of its own), and merged ones, which take no adapters. A session
+    starts as the base.
+
+    On CUDA in half precision, ONNX Runtime's group normalisations add in an order of their own: two runs of the same differ,
+    whatever is active. With `torch.use_deterministic_algorithms(True)`, set before, a session does without them, and is
+    slower.
 
     Every activation starts from the pristine base: what was active before leaves no trace. Where one fails, what was active
     before it is made anew. Safe to use from several threads: a run sees one activation, whole; runs share the model, on CUDA
@@ -253,8 +258,8 @@ class Session:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> Runner:
-        buffers = self._form.buffers if self._form is not None else {}
-        return BACKENDS[backend_for(self.artifact)].load(source_with(self.artifact, buffers), self.device)
+        buffers, graph = ({}, None) if self._form is None else (self._form.buffers, self._form.graph)
+        return BACKENDS[backend_for(self.artifact)].load(source_with(self.artifact, buffers, graph), self.device)
 
     def _open(self, argument: str) -> BoundAdapter:
         (bound,) = open_for(self.artifact, [argument])

@@ -16,7 +16,7 @@ from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
 from trexport.session.form import AbstractBank
-from trexport.session.forms import form_of
+from trexport.session.forms import form_of, is_written
 
 
 def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> dict[str, Tensor]:
@@ -44,15 +44,18 @@ def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: De
     return form.buffers
 
 
-def source_with(artifact: Artifact, constants: Mapping[str, Tensor]) -> OnnxFile | EngineFile | TorchModel:
+def source_with(
+    artifact: Artifact, constants: Mapping[str, Tensor], graph: bytes | None = None
+) -> OnnxFile | EngineFile | TorchModel:
     """An artifact as its backend takes it.
 
     Args:
         constants: what `fed_tensors` gives, or nothing for what the artifact holds itself.
+        graph: of a form that has its own.
     """
     manifest = artifact.manifest
     if manifest.kind == "onnx":
-        return OnnxFile(artifact.onnx_path, manifest.io, constants)
+        return OnnxFile(artifact.onnx_path, manifest.io, constants, graph)
     if manifest.kind == "engine":
         record = artifact.engine_record
         return EngineFile(artifact.folder / record.file, manifest.io, record, constants)
@@ -67,6 +70,17 @@ def source_of(
     manifest = artifact.manifest
     lacks = artifact.blank or manifest.swappable is not None or manifest.kind == "engine"
     return source_with(artifact, fed_tensors(artifact, adapters, device) if lacks else {})
+
+
+def source_in_session(
+    artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
+) -> OnnxFile | EngineFile | TorchModel:
+    """An artifact with adapters active, as a `Session` runs it."""
+    form = form_of(artifact, device) if is_written(artifact, device) else None
+    if form is None:
+        return source_of(artifact, adapters, device)
+    form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+    return source_with(artifact, form.buffers, form.graph)
 
 
 def chosen_in_bank(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
