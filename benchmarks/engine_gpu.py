@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from benchmarks.changing import changing
 from benchmarks.engines import build_all
 from benchmarks.forms_gpu import switch
 from benchmarks.forms_sd15 import ADAPTER
@@ -69,6 +70,8 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype, level: int) -> d
         print(f"{form}: parity {parity.passed} {parity.failures} {fields['parity'][form]['relative_l2']}", flush=True)
     fields["switching"] = switch(folder / "swappable", device)
     print(f"switching: {fields['switching']}", flush=True)
+    fields["changing"] = changing(base, folder / "merged", folder / "swappable", folder, device)
+    print(f"an adapter before every step: {fields['changing']}", flush=True)
     files = {form: file_for(artifact, adapters, device) for form, artifact in engines.items()}
     labelled = {f"aotinductor, {form}": file for form, file in files.items() if isinstance(file, EngineFile)}
     options = BenchOptions(dtype=dtype, warm_up=5, iterations=60)

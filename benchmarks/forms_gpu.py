@@ -89,7 +89,8 @@ def run(base: Base, folder: Path) -> dict[str, Any]:
 
 
 def switch(folder: Path, device: Device = "cuda") -> dict[str, bool]:
-    """Whether a session keeps its word on this device: A → B → A has A's bits, off the base's, after twenty swaps too."""
+    """Whether a session keeps its word on this device: A → B → A has A's bits, off the base's, after twenty swaps too; and
+    whether the runtime itself gives the same bits twice."""
     with Session(folder, device, verify=False) as session:
         session.load_adapter("a", ADAPTER)
         session.load_adapter("b", OTHER)
@@ -99,6 +100,7 @@ def switch(folder: Path, device: Device = "cuda") -> dict[str, bool]:
             return session.run(feeds)["out_sample"].cpu()
 
         off = drawn()
+        repeats = torch.equal(drawn(), off)
         session.activate({"a": 0.7})
         a = drawn()
         for round_ in range(20):
@@ -109,6 +111,7 @@ def switch(folder: Path, device: Device = "cuda") -> dict[str, bool]:
         again = drawn()
         session.deactivate()
         return {
+            "repeats": repeats,
             "a_again": torch.equal(again, a),
             "off_again": torch.equal(drawn(), off),
             "differ": not torch.equal(a, b) and not torch.equal(a, off),

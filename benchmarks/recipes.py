@@ -142,4 +142,4 @@ def merge(arguments: list[str]) -> str:
     )
     if done.returncode:
         raise SystemExit(f"merge: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    return (done.stdout or done.stderr).strip().splitlines()[-1]
+    return (done.stdout or done.stderr).strip().splitlines()[-1].replace(f"{Path(arguments[-1]).parent}/", "")
