@@ -194,6 +194,7 @@ class _OnnxRuntimeRunner(Runner):
         self.device = device
         self._path = source.path
         self._graph = graph
+        self._fed = None if source.graph is None else "as in a session: weights are fed, not the file's cores"
         self._provider = provider
         self._release_memory = source.release_memory
         self._constants = {name: tensor.to(device).contiguous() for name, tensor in source.constants.items()}
@@ -234,7 +235,9 @@ class _OnnxRuntimeRunner(Runner):
             None if self._graph is None or not self._graph.replaced else f"rewritten, places by pass: {self._graph}"
         )
         if self.device == "cpu":
-            return replace(self._bind(self._session, feeds), note=rewritten)
+            return replace(
+                self._bind(self._session, feeds), note="; ".join(filter(None, (self._fed, rewritten))) or None
+            )
         self._session = None  # one copy of the weights at a time
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # the default stream cannot be captured
@@ -263,7 +266,7 @@ class _OnnxRuntimeRunner(Runner):
             inner.run()
             torch.cuda.current_stream().wait_stream(stream)
 
-        notes = "; ".join(text for text in (note, rewritten) if text is not None)
+        notes = "; ".join(text for text in (self._fed, note, rewritten) if text is not None)
         return Step(run, inner.inputs, inner.outputs, notes or None)
 
     def close(self) -> None:

@@ -59,7 +59,8 @@ def bench(
     first adapter, and is compared with that one's step.
 
     Args:
-        onnx: exported models by what to call them, for the backends that take one; a single one may be called ``.
+        onnx: exported models by what to call them, for the backends that take one; a single one may be called ``. With a
+            graph of their own where a session has one.
         engines: built engines, by what to call each; their own backends run them.
 
     Raises:

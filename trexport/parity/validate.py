@@ -144,16 +144,12 @@ def validate(
             "nothing was compared that an adapter of another strength than 0 changes: no effect can be shown"
         )
     deviation, note = None, None
-    worst = max(steps, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
+    of_file = [step for step in steps if step.who != _IN_SESSION.label]
+    worst = max(of_file, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
     if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:
         if manifest.kind != "onnx" or manifest.dtype == "bf16":
             note = "the first wrong tensor is looked for in fp32 and fp16 ONNX models only"
-        elif (
-            worst.who == _IN_SESSION.label
-            or (artifact.blank and adapters)
-            or manifest.swappable is not None
-            or groups[0].chosen is not None
-        ):
+        elif (artifact.blank and adapters) or manifest.swappable is not None or groups[0].chosen is not None:
             note = "the first wrong tensor is looked for in models that hold their adapters, not where they are fed"
         else:
             with progress.task("locate"):

@@ -7,6 +7,7 @@ from typing import Any, final
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from trexport.adapter_file import factored_of, layer_shapes, swappable_of
 from trexport.artifact import Artifact
@@ -142,7 +143,7 @@ def is_written(artifact: Artifact, device: Device) -> bool:
     if factored.bank is not None:
         return False
     return all(
-        len(shapes[path]) == 2 and (layer.magnitude is None or not layer.magnitude.scales_bias)
+        len(shapes.get(path, ())) == 2 and (layer.magnitude is None or not layer.magnitude.scales_bias)
         for slot in factored.slots
         for path, layer in slot.layers.items()
     )
@@ -150,12 +151,10 @@ def is_written(artifact: Artifact, device: Device) -> bool:
 
 def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm:
     """A factored ONNX artifact with weights in the place of cores; see `is_written`."""
+    pristine: dict[str, Tensor] = {}
+    for slot in factored.slots:
+        stored = stored_weights(artifact, slot)
+        pristine |= {path: copy_of(stored[f"{path}.weight"]) for path in slot.layers if path not in pristine}
     model = ir.load(artifact.onnx_path)
-    pristine = {
-        path: copy_of(stored)
-        for slot in factored.slots
-        for path in slot.layers
-        if (stored := model.graph.initializers[f"{path}.weight"].const_value) is not None
-    }
     written(model, [name for slot in factored.slots for name in slot.neutral()])
     return WrittenForm(factored.slots, pristine, device, ir.serde.serialize_model(model).SerializeToString())

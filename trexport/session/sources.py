@@ -75,8 +75,11 @@ def source_of(
 def source_in_session(
     artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
 ) -> OnnxFile | EngineFile | TorchModel:
-    """An artifact with adapters active, as a `Session` runs it."""
-    form = form_of(artifact, device) if is_written(artifact, device) else None
+    """An artifact with adapters active, as a `Session` runs it; one that holds other adapters than these draws with its own,
+    as `source_of` has it."""
+    held = [(record.sha256, record.strength) for record in artifact.manifest.adapters]
+    other = not artifact.blank and held != [(adapter.sha256, adapter.strength) for adapter in adapters]
+    form = form_of(artifact, device) if is_written(artifact, device) and not other else None
     if form is None:
         return source_of(artifact, adapters, device)
     form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])

@@ -93,6 +93,10 @@ class Launches:
         Args:
             streams: to use beside it, one fewer than there are launches.
         """
+        with torch.cuda.device(self._device):  # whose context the driver launches in
+            self._call(strengths, streams)
+
+    def _call(self, strengths: Sequence[float], streams: Sequence[torch.cuda.Stream]) -> None:
         current = torch.cuda.current_stream(self._device)
         self._flags.zero_()
         self._begun.record(current)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from tests.helpers import bits, trained
-from tests.trexport.helpers import SIZES, drawn_by_torch
+from tests.trexport.helpers import SIZES, damaged, drawn_by_torch
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile
 from trexport.bench.forms import cost_of, file_for
@@ -119,6 +119,35 @@ def test_validate_checks_what_a_session_runs_too(
     assert all(failure.startswith("in a session: ") for failure in report.failures)
     monkeypatch.setattr(forms, "WRITING", ("cuda",))
     assert [step.who for step in validate(two_slots, base, adapters, "cpu", options).steps] == [""]
+
+
+@pytest.fixture
+def holding(base: Base, tmp_path: Path) -> Artifact:
+    """Factored, with an adapter in it."""
+    options = ExportOptions(factored=FactoredOptions(), fixed=SIZES)
+    export_onnx(base, open_adapters(["random:lora:3=0.9"], base), tmp_path / "held", options)
+    return open_artifact(tmp_path / "held")
+
+
+def test_a_wrong_weight_is_found_at_its_layer(holding: Artifact, tmp_path: Path) -> None:
+    wrong = damaged(holding, tmp_path / "x", "down_blocks.0.resnets.0.norm2.weight", 0.5)
+    options = ValidateOptions(timesteps=(10,), seeds=(0,), trajectory_steps=0, sizes=SIZES)
+    report = validate(wrong, *wrong.sources(), "cpu", options)
+    assert {failure.startswith("in a session") for failure in report.failures} == {True, False}
+    assert report.first_deviation is not None
+    assert report.first_deviation.module == "down_blocks.0.resnets.0.norm2"
+
+
+def test_beside_another_artifact_it_draws_with_its_own_adapters(holding: Artifact, base: Base) -> None:
+    own, others = open_adapters(["random:lora:3=0.9"], base), open_adapters(["random:lora:3=0.4"], base)
+    for adapters, graph in ((own, True), (others, False)):
+        file = file_for(holding, adapters, "cpu")
+        assert isinstance(file, OnnxFile)
+        assert (file.graph is not None) == graph
+        feeds = random_feeds(file.spec, SIZES, seed=4)
+        with BACKENDS["onnxruntime"].load(file, "cpu") as runner:
+            assert relative_l2(runner(feeds)["out_sample"], drawn_by_torch(base, ["random:lora:3=0.9"], feeds)) <= 1e-5
+            assert ("weights are fed" in str(runner.step(feeds).note)) == graph
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,11 @@ from trexport.graph.matching import dims, finish, is_op, made_by, new_constant, 
 LEAST = 4
 """Products, of one width, that are joined: taking the results apart is a kernel too, so that queries, keys and values of one
 self-attention are not worth it."""
+MOST = 32
+"""Products in one: what ONNX Runtime's kernels of `Concat` and `Split` take without a table in the host's memory, which a
+CUDA graph would read at every replay."""
+MOST_FED = 2**26
+"""Bytes of weights that are fed, whose `Concat` runs in every step."""
 
 
 @final
@@ -25,12 +30,29 @@ class _Group:
     nodes: list[ir.Node] = field(default_factory=list)
     weights: list[ir.Value] = field(default_factory=list)
 
+    def parts(self) -> list[_Group]:
+        """Of `MOST` products each, the last one of what is left."""
+        starts = range(0, len(self.nodes), MOST)
+        return [
+            _Group(self.x, self.turned, self.nodes[start : start + MOST], self.weights[start : start + MOST])
+            for start in starts
+        ]
+
+    @property
+    def fed_bytes(self) -> int:
+        return sum(
+            weight.const_value.nbytes
+            for weight in self.weights
+            if weight.is_graph_input() and weight.const_value is not None
+        )
+
 
 def joined_products(model: ir.Model) -> int:
     """Replace `MatMul`s and `Gemm`s of one input by weights of one shape, where there are `LEAST` or more, by one of the
-    weights side by side, and a `Split` into equal parts; in place. Returns how many products are gone.
+    weights side by side, and a `Split` into equal parts, of at most `MOST`; in place. Returns how many products are gone.
 
-    The weights' `Concat` is a node: ONNX Runtime folds it when it loads the graph, or, of weights that are fed, runs it.
+    The weights' `Concat` is a node: ONNX Runtime folds it when it loads the graph, or, of weights that are all fed, runs it:
+    those are joined up to `MOST_FED`.
     """
     groups: dict[Hashable, _Group] = {}
     for node in model.graph:
@@ -38,14 +60,16 @@ def joined_products(model: ir.Model) -> int:
         if found is None:
             continue
         x, weight, turned, kind = found
-        group = groups.setdefault((id(x), turned, tuple(dims(weight) or ()), kind), _Group(x, turned))
+        key = (id(x), turned, tuple(dims(weight) or ()), kind, weight.is_graph_input())
+        group = groups.setdefault(key, _Group(x, turned))
         group.nodes.append(node)
         group.weights.append(weight)
     sites = 0
     for group in groups.values():
-        if len(group.nodes) >= LEAST:
-            _join(model.graph, group)
-            sites += len(group.nodes) - 1
+        for part in group.parts():
+            if len(part.nodes) >= LEAST and part.fed_bytes <= MOST_FED:
+                _join(model.graph, part)
+                sites += len(part.nodes) - 1
     return finish(model, sites)
 
 

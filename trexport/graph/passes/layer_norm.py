@@ -22,6 +22,8 @@ def layer_norm(model: ir.Model) -> int:
             continue
         if node.attributes.get_int("axis", -1) not in (-1, 2) or not all(isinstance(size, int) for size in sizes[1:]):
             continue
+        if not dims(gamma) == dims(beta) == sizes[2:]:
+            continue
         zeros = _zeros(model.graph, x, [int(size) for size in sizes[1:]])
         biased = _biased(x)
         inputs = (

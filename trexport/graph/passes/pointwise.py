@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from trexport.graph.matching import MICROSOFT, dims, finish, is_op, made_by, only_user, op, permutation, replace
+from trexport.graph.matching import (
+    MICROSOFT,
+    dims,
+    finish,
+    is_op,
+    made_by,
+    new_constant,
+    only_user,
+    op,
+    permutation,
+    replace,
+)
 from trexport.graph.passes.skip_group_norm import parts_of
 from trexport.graph.passes.transposes import TO_LAST
 
@@ -22,14 +34,14 @@ def pointwise(model: ir.Model) -> int:
         weight = made_by(node.inputs[1], "Transpose")
         if user is None or weight is None or permutation(weight) != TO_LAST:
             continue
-        if is_op(user, "Reshape") and user.inputs[0] is y and _is_normalised_as_tokens(user.outputs[0]):
+        if is_op(user, "Reshape") and _is_normalised_as_tokens(y, user.outputs[0]):
             tokens = user.outputs[0]
-            product = _product(node, weight.inputs[0])
+            product = _product(model.graph, node, weight.inputs[0])
             view = op("Reshape", [product[-1].outputs[0], user.inputs[1]], like=y, shape=dims(tokens))
             biased = op("Add", [view.outputs[0], node.inputs[2]], like=y, shape=dims(tokens))
             replace(model.graph, tokens, [*product, view, biased])
         elif is_op(user, "Add") and _is_normalised_as_image(user):
-            product = _product(node, weight.inputs[0])
+            product = _product(model.graph, node, weight.inputs[0])
             biased = op("Add", [product[-1].outputs[0], node.inputs[2]], like=y)
             replace(model.graph, y, [*product, biased])
         else:
@@ -41,27 +53,30 @@ def pointwise(model: ir.Model) -> int:
 def _is_pointwise(node: ir.Node) -> bool:
     attributes = node.attributes
     return (
-        (dims(node.inputs[1]) or [])[1:3] == [1, 1]
+        len(node.inputs) == 3
+        and (dims(node.inputs[1]) or [])[1:3] == [1, 1]
         and attributes.get_int("group", 1) == 1
         and not any(attributes.get_ints("pads", [0]))
         and set(attributes.get_ints("strides", [1])) == {1}
     )
 
 
-def _product(node: ir.Node, weight: ir.Value | None) -> list[ir.Node]:
+def _product(graph: ir.Graph, node: ir.Node, weight: ir.Value | None) -> list[ir.Node]:
     """(N, H, W, C) · (C, M), from the convolution's own weight (M, C, 1, 1)."""
     assert weight is not None
     rows, columns = (dims(weight) or [])[:2]
-    matrix = op("Squeeze", [weight], like=weight, shape=[rows, columns])
+    axes = new_constant(graph, np.array([2, 3], dtype=np.int64), "kernel_axes")
+    matrix = op("Squeeze", [weight, axes], like=weight, shape=[rows, columns])
     turned = op("Transpose", matrix.outputs, {"perm": [1, 0]}, like=weight, shape=[columns, rows])
     product = op("MatMul", [node.inputs[0], turned.outputs[0]], like=node.outputs[0])
     product.metadata_props.update(node.metadata_props)
     return [matrix, turned, product]
 
 
-def _is_normalised_as_tokens(value: ir.Value) -> bool:
-    sizes = dims(value)
-    fixed = sizes is not None and len(sizes) == 3 and isinstance(sizes[1], int)
+def _is_normalised_as_tokens(image: ir.Value, value: ir.Value) -> bool:
+    """Each pixel a token, of a fixed number."""
+    sizes, channels = dims(value), (dims(image) or [None])[-1]
+    fixed = sizes is not None and len(sizes) == 3 and isinstance(sizes[1], int) and sizes[2] == channels
     return fixed and any(is_op(use.node, "LayerNormalization") for use in value.uses())
 
 

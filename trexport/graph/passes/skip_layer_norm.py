@@ -22,7 +22,7 @@ def skip_layer_norm(model: ir.Model) -> int:
         left, right = add.inputs
         if node.attributes.get_int("axis", -1) not in (-1, 2) or left is None or right is None:
             continue
-        if dims(left) != sizes or dims(right) != sizes:
+        if dims(left) != sizes or dims(right) != sizes or not dims(gamma) == dims(beta) == sizes[2:]:
             continue
         taken = next(
             ((found, other) for one, other in ((left, right), (right, left)) if (found := linear_bias(one))), None

@@ -51,7 +51,7 @@ def fuse_(unet: UNet2DConditionModel, options: FuseOptions | None = None) -> Fus
     """Rewrite a UNet in place, in evaluation mode and without adapters attached.
 
     Args:
-        options: `FuseOptions()`, all rewrites with torch's own operators, unless given; see `options_for`.
+        options: `FuseOptions()`, `MEASURED` with torch's own operators, unless given; see `options_for`.
 
     Raises:
         UsageError: an unknown rewrite.

@@ -26,13 +26,14 @@ MEASURED = tuple(name for name in ALL if name != "upsampling")
 class FuseOptions:
     """How to rewrite a UNet."""
 
-    rewrites: tuple[str, ...] = ALL
+    rewrites: tuple[str, ...] = MEASURED
     kernels: Kernels = "torch"
     """Of normalisations: torch's own operators, or ours in Triton (CUDA; on the CPU in Triton's interpreter only)."""
     attention: Attention = "default"
     """`cudnn`: for heads of at most 128 channels, see `trexport.models.fused.attention`."""
     replaceable: Collection[str] = ()
-    """Paths of layers whose weights are replaced later: they are not mixed with others."""
+    """Paths of layers whose weights are replaced later. `upsampling` leaves them; of those that the other rewrites stack,
+    `FuseReport.placements` tell where they are."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"rewrites": list(self.rewrites), "kernels": self.kernels, "attention": self.attention}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.trexport.models.fused.test_fused import CONFIGS, EXACT, SIZES, made
 from trexport.models.architectures import spec_of
-from trexport.models.fused import FuseOptions, fuse_, join_
+from trexport.models.fused import ALL, FuseOptions, fuse_, join_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.norm import GroupNormAct
 from trexport.models.model import first_output, random_feeds
@@ -36,7 +36,7 @@ def test_a_joined_program_is_the_plain_unet(name: str) -> None:
     feeds = {name: t.double() for name, t in random_feeds(spec_of(config, "fp32"), SIZES).items()}
     with torch.no_grad():
         wanted = first_output(model, feeds)
-        fuse_(model, FuseOptions(kernels="triton"))
+        fuse_(model, FuseOptions(ALL, kernels="triton"))
         program = torch.export.export(Step(model), (), feeds)
         found = join_(program)  # whose linear layers are too small for it to pay
         got = program.module()(**feeds)

@@ -5,46 +5,59 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
+from torch import nn
 from torch.nn import functional as F
 
-from tests.trexport.models.fused.test_fused import EXACT, TINY, drawn, made
+from tests.trexport.models.fused.test_fused import EXACT, SIZES, TINY, drawn, made
+from trexport.models.architectures import spec_of
 from trexport.models.fused import FuseOptions, fuse_
 from trexport.models.fused.upsampling import FoldedUpsample
+from trexport.models.model import first_output, random_feeds
 
 
-def module_of(channels: int, out: int, bias: bool, dtype: torch.dtype) -> Upsample2D:
+def modules_of(channels: int, out: int, bias: bool, dtype: torch.dtype) -> tuple[Upsample2D, nn.Conv2d]:
+    """An upsampling, and its convolution."""
     torch.manual_seed(0)
-    module = Upsample2D(channels, use_conv=True, out_channels=out, bias=bias)
-    return module.to(dtype).requires_grad_(False)
+    module = Upsample2D(channels, use_conv=True, out_channels=out, bias=bias).to(dtype).requires_grad_(False)
+    assert isinstance(module.conv, nn.Conv2d)
+    return module, module.conv
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("channels", "out", "height", "width"), [(3, 5, 4, 7), (6, 2, 1, 3), (4, 4, 2, 1)])
 def test_it_is_the_two_steps(channels: int, out: int, height: int, width: int, bias: bool) -> None:
-    module = module_of(channels, out, bias, torch.float64)
-    assert module.conv is not None
+    _, convolution = modules_of(channels, out, bias, torch.float64)
     x = torch.randn(2, channels, height, width, dtype=torch.float64)
-    wanted = F.conv2d(
-        x.repeat_interleave(2, 2).repeat_interleave(2, 3), module.conv.weight, module.conv.bias, padding=1
-    )
-    got = FoldedUpsample(module.conv)(x, (2 * height, 2 * width))
+    great = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    wanted = F.conv2d(great, convolution.weight, convolution.bias, padding=1)
+    got = FoldedUpsample(convolution)(x, (2 * height, 2 * width))
     assert float((got - wanted).norm() / wanted.norm()) < EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_in_half_precision_are_added_before_they_are_rounded(dtype: torch.dtype) -> None:
-    module = module_of(32, 48, True, dtype)
-    assert module.conv is not None
-    x = torch.randn(1, 32, 6, 5).to(dtype)
-    wanted = module.double()(x.double())
-    got = FoldedUpsample(module.to(dtype).conv).double()(x.double())
+    module, convolution = modules_of(32, 48, True, dtype)
+    folded = FoldedUpsample(convolution).double()
+    x = torch.randn(1, 32, 6, 5).double()
+    wanted, got = module.double()(x), folded(x)
     assert float((got - wanted).norm() / wanted.norm()) < torch.finfo(dtype).eps
 
 
 def test_another_size_is_refused() -> None:
-    module = module_of(3, 3, True, torch.float32)
+    _, convolution = modules_of(3, 3, True, torch.float32)
     with pytest.raises(ValueError, match="4×6 to be made"):
-        FoldedUpsample(module.conv)(torch.zeros(1, 3, 4, 6), (7, 12))
+        FoldedUpsample(convolution)(torch.zeros(1, 3, 4, 6), (7, 12))
+
+
+def test_sizes_that_no_power_of_two_divides_are_taken_without_it() -> None:
+    model = made(TINY)
+    feeds = random_feeds(spec_of(TINY, "fp32"), SIZES | {"height": 9, "width": 7})
+    wide = {name: tensor.double() for name, tensor in feeds.items()}
+    with torch.inference_mode():
+        wanted = first_output(model, wide)
+        fuse_(model)
+        got = first_output(model, wide)
+    assert float((got - wanted).norm() / wanted.norm()) < EXACT
 
 
 def test_a_convolution_whose_weight_is_replaced_stays() -> None:
