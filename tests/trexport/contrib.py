@@ -42,6 +42,7 @@ class SkipGroupNorm(_Contrib):
     def _run(self, x, gamma, beta, skip, bias=None, activation=0, channels_last=1, epsilon=1e-5, groups=1):  # type: ignore[no-untyped-def]
         assert channels_last == 1
         assert skip.shape in (x.shape, (x.shape[0], 1, 1, x.shape[3]), (x.shape[0], x.shape[3]))
+        assert bias is None or bias.shape == x.shape[-1:]
         added = wide(skip)[:, None, None, :] if skip.ndim == 2 else wide(skip)
         total = wide(x) + added + (0 if bias is None else wide(bias))
         y = _normalised(total.permute(0, 3, 1, 2), gamma, beta, activation, epsilon, groups)
@@ -81,6 +82,8 @@ class BiasAdd(_Contrib):
 
 class SkipLayerNormalization(_Contrib):
     def _run(self, x, skip, gamma, beta, bias=None, epsilon=1e-5):  # type: ignore[no-untyped-def]
+        assert skip.shape in (x.shape, (1, *x.shape[1:]), x.shape[1:])
+        assert bias is None or bias.shape == x.shape[-1:]
         total = wide(x) + wide(skip) + (0 if bias is None else wide(bias))
         y = F.layer_norm(total, total.shape[-1:], wide(gamma), wide(beta), epsilon)
         nothing = np.zeros(0, dtype=np.float32)

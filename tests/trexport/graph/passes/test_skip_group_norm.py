@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.trexport.graph.passes.small import Rewritten, attributes, rewrite
+from tests.trexport.graph.passes.small import Rewritten, Weights, attributes, rewrite
 from trexport.graph.passes.group_norm import group_norm
 from trexport.graph.passes.skip_group_norm import skip_group_norm
 from trexport.graph.passes.transposes import transposes
@@ -23,9 +23,18 @@ def passes(model: ir.Model) -> int:
     return skip_group_norm(model)
 
 
-def rewritten(body: str, inputs: str = "float[2,5,7,8] z", outputs: str = "float[2,5,7,8] y") -> Rewritten:
+def rewritten(
+    body: str,
+    inputs: str = "float[2,5,7,8] z",
+    outputs: str = "float[2,5,7,8] y",
+    weights: Weights | None = None,
+    *,
+    half: bool = False,
+) -> Rewritten:
     text = f"(float[2,5,7,8] x, {inputs}) => ({outputs}) {{ {body} }}"
-    return rewrite(text, passes, {"gamma": (8,), "beta": (8,), "axes": np.array([2, 3])}, opset=21)
+    text = text.replace("float[", "float16[") if half else text
+    given = {"gamma": (8,), "beta": (8,), "axes": np.array([2, 3]), **(weights or {})}
+    return rewrite(text, passes, given, opset=21, half=half)
 
 
 def test_a_residual() -> None:
@@ -66,4 +75,89 @@ def test_another_broadcast_stays() -> None:
     body = f"{START.split(' b =')[0]} s = Add(a, z) {NORM}"
     found = rewritten(body, inputs="float[2,1,5,7] z")
     assert found.sites == 0
+    found.assert_same()
+
+
+PRODUCT = "p = MatMul(x, w) l = Add(p, bias)"
+SUM = "a = Transpose<perm = [0,3,1,2]>(l) b = Transpose<perm = [0,3,1,2]>(z) s = Add(a, b)"
+BIASED: Weights = {"w": (8, 8), "bias": (8,)}
+
+
+@pytest.mark.parametrize("order", ["(a, b)", "(b, a)"])
+@pytest.mark.parametrize("bias", ["(p, bias)", "(bias, p)"])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_bias_of_a_product(order: str, bias: str, half: bool) -> None:
+    body = f"{PRODUCT} {SUM} {NORM}".replace("(p, bias)", bias).replace("(a, b)", order)
+    found = rewritten(body, weights=BIASED, half=half)
+    assert (found.sites, [op for op in found.ops() if op != "Cast"]) == (1, ["MatMul", "SkipGroupNorm", "Relu"])
+    image, _, _, skip, row = found.node("SkipGroupNorm").input
+    assert ({image, skip}, row) == ({"p", "z"}, "bias")
+    found.assert_same(2e-2 if half else 1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["float[N,5,7,8] z", "float[N,H,W,8] z"])
+def test_free_sizes(inputs: str) -> None:
+    body = f"{PRODUCT} {SUM} {NORM}"
+    text = f"({inputs.replace('z', 'x')}, {inputs}) => ({inputs.replace('z', 'y')}) {{ {body} }}"
+    found = rewrite(text, passes, {"gamma": (8,), "beta": (8,), **BIASED}, opset=21)
+    assert (found.sites, found.ops()) == (1, ["MatMul", "SkipGroupNorm", "Relu"])
+    found.assert_same()
+
+
+def test_the_bias_of_one_of_two_products() -> None:
+    body = f"{PRODUCT} q = MatMul(z, w) k = Add(q, row) {SUM.replace('(z)', '(k)')} {NORM}"
+    found = rewritten(body, weights={**BIASED, "row": (8,)})
+    assert (found.sites, sorted(found.ops())) == (1, ["Add", "MatMul", "MatMul", "Relu", "SkipGroupNorm"])
+    found.assert_same()
+
+
+def test_a_bias_and_a_row_for_each_sample() -> None:
+    body = f"{PRODUCT} a = Transpose<perm = [0,3,1,2]>(l) u = Unsqueeze(z, axes) s = Add(a, u) {NORM}"
+    found = rewritten(body, "float[2,8] z", weights=BIASED)
+    assert (found.sites, found.ops()) == (1, ["MatMul", "SkipGroupNorm", "Relu"])
+    assert list(found.node("SkipGroupNorm").input) == ["p", "gamma", "beta", "z", "bias"]
+    found.assert_same()
+
+
+def test_the_row_keeps_a_bias_of_its_own() -> None:
+    body = f"e = MatMul(z, w) t = Add(e, bias) {START.split(' b =')[0]} u = Unsqueeze(t, axes) s = Add(a, u) {NORM}"
+    found = rewritten(body, "float[2,8] z", weights=BIASED)
+    assert (found.sites, found.ops()) == (1, ["MatMul", "Add", "SkipGroupNorm", "Relu"])
+    found.assert_same()
+
+
+def test_a_bias_in_a_sum_that_others_read() -> None:
+    body = f"{PRODUCT} {SUM} r = Transpose<perm = [0,2,3,1]>(s) v = Mul(r, r) {NORM}"
+    found = rewritten(body, outputs="float[2,5,7,8] y, float[2,5,7,8] v", weights=BIASED)
+    assert (found.sites, sorted(found.ops())) == (1, ["MatMul", "Mul", "Relu", "SkipGroupNorm"])
+    found.assert_same()
+
+
+def test_a_bias_that_is_fed() -> None:
+    found = rewritten(f"{PRODUCT} {SUM} {NORM}", "float[2,5,7,8] z, float[8] bias", weights=BIASED)
+    assert (found.sites, found.ops()) == (1, ["MatMul", "SkipGroupNorm", "Relu"])
+    found.assert_same()
+    found.assert_same(fed=["bias"])
+
+
+@pytest.mark.parametrize(
+    ("product", "more", "outputs", "row"),
+    [
+        (f"{PRODUCT} v = Relu(l)", "", ", float[2,5,7,8] v", (8,)),
+        (PRODUCT, "", ", float[2,5,7,8] l", (8,)),
+        (PRODUCT, ", float[8] bias", "", None),
+        (PRODUCT, "", "", (1,)),
+        (PRODUCT, "", "", (1, 8)),
+        (PRODUCT, "", "", (7, 8)),
+        (PRODUCT.replace("Add", "Sub"), "", "", (8,)),
+        ("p = ReduceMax(x, channels) l = Add(p, bias)", "", "", (8,)),
+    ],
+    ids=["read twice", "given out", "fed", "number", "matrix of a row", "every column", "difference", "stretched"],
+)
+def test_what_is_no_bias_stays(product: str, more: str, outputs: str, row: tuple[int, ...] | None) -> None:
+    weights = {"w": (8, 8), "channels": np.array([3]), **({} if row is None else {"bias": row})}
+    found = rewritten(f"{product} {SUM} {NORM}", f"float[2,5,7,8] z{more}", f"float[2,5,7,8] y{outputs}", weights)
+    assert found.sites == 1
+    assert {"Add", "Sub"} & set(found.ops())
+    assert len(found.node("SkipGroupNorm").input) == 4
     found.assert_same()
