@@ -25,11 +25,9 @@ def product(kind: str, i: int, x: str = "x") -> str:
     """The i-th product `p`, by the weight `w`."""
     if kind == GEMM:
         return f"p{i} = Gemm<transB = 1>({x}, w{i}, b{i})"
-    return (
-        f"p{i} = MatMul({x}, w{i})"
-        if kind == PLAIN
-        else f"t{i} = Transpose<perm = [1,0]>(w{i}) p{i} = MatMul({x}, t{i})"
-    )
+    if kind == TURNED:
+        return f"t{i} = Transpose<perm = [1,0]>(w{i}) p{i} = MatMul({x}, t{i})"
+    return f"p{i} = MatMul({x}, w{i})"
 
 
 def used(products: list[str], x: str = "float[3,6] x", y: str = "3,8", more: str = "", kind: str = "float") -> str:
@@ -228,7 +226,7 @@ def test_others_among_them_do_not_count(kinds: list[str], shapes: list[tuple[int
         ("t{i} = Transpose(w{i}) p{i} = MatMul(x, t{i})", {"w": (6, 6)}),
         ("p{i} = MatMul(w{i}, x)", {"w": (6, 6)}),
         ("p{i} = Gemm<transB = 1>(x, v{i}, b{i})", {"b": (6,)}),
-        ("p{i} = Gemm<transB = 1>(x, w{i}, v{i})", {"w": (6, 6)}),
+        ("p{i} = Gemm<transB = 1>(x, w{i}, r{i})", {"w": (6, 6)}),
         ("p{i} = Gemm<transB = 1>(x, w{i})", {"w": (6, 6)}),
         ('p{i} = Gemm<transB = 1>(x, w{i}, "")', {"w": (6, 6)}),
         ("p{i} = Gemm<transB = 1>(x, w{i}, b{i})", {"w": (6, 6), "b": (1,)}),
@@ -242,7 +240,7 @@ def test_others_among_them_do_not_count(kinds: list[str], shapes: list[tuple[int
 )
 def test_others_are_left_alone(text: str, shapes: dict[str, tuple[int, ...]]) -> None:
     given = {f"{name}{i}": shape for name, shape in shapes.items() for i in range(LEAST)}
-    more = "".join(f", float[6,6] v{i}" for i in range(LEAST))
+    more = "".join(f", float[6,6] v{i}, float[6] r{i}" for i in range(LEAST))
     graph = used([text.format(i=i) for i in range(LEAST)], "float[6,6] x", "6,6", more)
     rewrite(graph, joined_products, given).assert_untouched()
 

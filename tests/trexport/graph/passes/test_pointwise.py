@@ -171,6 +171,8 @@ def test_a_sum_that_others_read(behind: str, y: str, outputs: str) -> None:
         ("kernel_shape = [3,3], pads = [1,1,1,1]", (8, 6, 3, 3), "2,5,7,6"),
         ("kernel_shape = [3,1], pads = [1,0,1,0]", (8, 6, 3, 1), "2,5,7,6"),
         ("kernel_shape = [1,3], pads = [0,1,0,1]", (8, 6, 1, 3), "2,5,7,6"),
+        ("kernel_shape = [3,1]", (8, 6, 3, 1), "2,7,7,6"),
+        ("kernel_shape = [1,3]", (8, 6, 1, 3), "2,5,9,6"),
         ("kernel_shape = [1,1], group = 2", (8, 3, 1, 1), "2,5,7,6"),
         ("kernel_shape = [1,1], strides = [2,2]", (8, 6, 1, 1), "2,9,14,6"),
         ("kernel_shape = [1,1], strides = [1,2]", (8, 6, 1, 1), "2,5,14,6"),

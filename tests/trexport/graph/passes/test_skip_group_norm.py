@@ -70,6 +70,13 @@ def test_a_sum_that_is_given_out_stays() -> None:
     found.assert_same()
 
 
+def test_a_sum_with_its_channels_last_that_is_given_out_stays() -> None:
+    norm = "com.microsoft.GroupNorm<groups = 4, epsilon = 0.01, activation = 0, channels_last = 1>"
+    text = "(float[2,5,7,8] x, float[2,5,7,8] z) => (float[2,5,7,8] y, float[2,5,7,8] s) <float[2,5,7,8] n>"
+    body = f"s = Add(x, z) n = {norm}(s, gamma, beta) y = Relu(n)"
+    rewrite(f"{text} {{ {body} }}", skip_group_norm, {"gamma": (8,), "beta": (8,)}, checked=False).assert_untouched()
+
+
 def test_another_broadcast_stays() -> None:
     """A row for each place, not for each channel."""
     body = f"{START.split(' b =')[0]} s = Add(a, z) {NORM}"
