@@ -57,7 +57,7 @@ BENCHMARKS: dict[str, tuple[str, bool, Callable[[], None]]] = {
         recipes.main,
     ),
     "engine-gpu": (
-        "random:sd15 compiled by AOTInductor, fp16: step against eager and torch.compile, swap, build",
+        "a UNet compiled by AOTInductor, random:sd15 in fp16 unless told: step against torch and ONNX Runtime, swap, build",
         True,
         engine_gpu.main,
     ),

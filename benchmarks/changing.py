@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.forms_sd15 import ADAPTER
+from benchmarks.swap import ADAPTER, equal_slices, moved
 from trexport.backends import Device
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import random_feeds
 from trexport.session import Session
-from trlora import save_adapter
+from trlora import Adapter, LayerParts, save_adapter
 
 _ROUNDS = 60
 _WARM_UP = 5
@@ -30,16 +29,10 @@ def write_adapter(base: Base, seed: int, trained: bool, folder: Path) -> Path:
         trained: give its transforms the equal slices that those keep which are trained from the paper's start.
     """
     (bound,) = open_adapters([ADAPTER], base)
-    adapter = copy.deepcopy(bound.adapter)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            transform = layer.transform
-            assert transform is not None
-            for core in transform.parameters():
-                core += 0.03 / core.shape[0] ** 0.5 * torch.randn(core.shape, generator=generator)
-                if trained:
-                    core.copy_(core.mean((2, 3), keepdim=True).expand_as(core))
+    layers = {path: moved(layer.float(), seed + number) for number, (path, layer) in enumerate(bound.layers.items())}
+    if trained:
+        layers = {path: equal_slices(layer) for path, layer in layers.items()}
+    adapter = Adapter.of({path: LayerParts.of(layer) for path, layer in layers.items()})
     path = folder / f"adapter-{seed}-{'trained' if trained else 'any'}"
     save_adapter(adapter, path)
     return path
@@ -54,7 +47,7 @@ def changing(base: Base, merged: Path, swappable: Path, folder: Path, device: De
         folder: for adapters.
     """
     kinds = {
-        kind: [write_adapter(base, seed, trained, folder) for seed in (1, 2)]
+        kind: [write_adapter(base, seed, trained, folder) for seed in (1000, 2000)]
         for kind, trained in (("any cores", False), ("as trained from their start", True))
     }
     found: dict[str, dict[str, float]] = {}

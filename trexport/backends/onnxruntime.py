@@ -231,13 +231,8 @@ class _OnnxRuntimeRunner(Runner):
         return dict(step.outputs)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        rewritten = (
-            None if self._graph is None or not self._graph.replaced else f"rewritten, places by pass: {self._graph}"
-        )
         if self.device == "cpu":
-            return replace(
-                self._bind(self._session, feeds), note="; ".join(filter(None, (self._fed, rewritten))) or None
-            )
+            return replace(self._bind(self._session, feeds), note=self._notes())
         self._session = None  # one copy of the weights at a time
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # the default stream cannot be captured
@@ -266,11 +261,15 @@ class _OnnxRuntimeRunner(Runner):
             inner.run()
             torch.cuda.current_stream().wait_stream(stream)
 
-        notes = "; ".join(text for text in (self._fed, note, rewritten) if text is not None)
-        return Step(run, inner.inputs, inner.outputs, notes or None)
+        return Step(run, inner.inputs, inner.outputs, self._notes(note))
 
     def close(self) -> None:
         self._session = None
+
+    def _notes(self, captured: str | None = None) -> str | None:
+        replaced = self._graph is not None and self._graph.replaced
+        rewritten = f"rewritten, places by pass: {self._graph}" if replaced else None
+        return "; ".join(text for text in (self._fed, captured, rewritten) if text is not None) or None
 
     def _bind(self, session: Any, feeds: Mapping[str, Tensor]) -> Step:
         feeds = spread_timestep(self.spec, feeds)

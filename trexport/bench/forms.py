@@ -18,7 +18,6 @@ from trexport.errors import UsageError
 from trexport.models.adapters import BoundAdapter
 from trexport.session.form import AbstractBank
 from trexport.session.forms import form_of
-from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenForm
 from trexport.session.sources import chosen_in_bank, source_in_session
 
 _HOUR_MS = 3.6e6
@@ -124,7 +123,7 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
-    by = str(form.report) if isinstance(form, (ReplacedForm, ReplacedBank, WrittenForm)) else None
+    by = None if form.report is None else str(form.report)
     return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size, by)
 
 

@@ -79,10 +79,14 @@ def permutation(node: ir.Node | None) -> list[int] | None:
 
 
 def linear_bias(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """What goes into an `Add` of a row, and the row, where the sum has no other reader: a product with its bias, which an
-    operator that adds a bias itself can take apart. The row may be an input that has a value."""
+    """`biased`, where the sum has no other reader: an operator that adds a bias itself can take it apart."""
+    return None if value is None or only_user(value) is None else biased(value)
+
+
+def biased(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """What goes into an `Add` of a row, and the row: a product with its bias. The row may be an input that has a value."""
     add = made_by(value, "Add")
-    if add is None or only_user(add.outputs[0]) is None:
+    if add is None:
         return None
     for bias, product in (add.inputs, add.inputs[::-1]):
         if bias is None or product is None or not bias.is_initializer():

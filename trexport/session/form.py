@@ -13,7 +13,7 @@ from torch import Tensor
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.ops.slots import Slot
 from trexport.models.adapters import BoundAdapter
-from trlora.swap import PreparedAdapter
+from trlora.swap import PreparedAdapter, SwapReport
 
 
 @final
@@ -41,6 +41,11 @@ class AdapterForm(ABC):
     """By input name; overwritten in place, never replaced."""
     graph: bytes | None = None
     """The graph that reads them, where it is not the artifact's own."""
+
+    @property
+    def report(self) -> SwapReport | None:
+        """How weights were written the last time, of forms that write them."""
+        return None
 
     @abstractmethod
     def slots(self) -> Sequence[Slot]:

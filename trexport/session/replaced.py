@@ -32,8 +32,6 @@ class ReplacedForm(AdapterForm):
         placements: of layers whose weight is a part of a greater constant.
     """
 
-    report: SwapReport
-
     def __init__(
         self,
         slot: Slot,
@@ -53,6 +51,11 @@ class ReplacedForm(AdapterForm):
                 if path in slot.layers:
                     written[path] = self.buffers[constant][first : first + places[path].rows]
         self._writer = WeightWriter({path: on_device[path] for path in written}, written)
+        self._report: SwapReport | None = None
+
+    @property
+    def report(self) -> SwapReport | None:
+        return self._report
 
     def slots(self) -> Sequence[Slot]:
         return [self._slot]
@@ -66,7 +69,7 @@ class ReplacedForm(AdapterForm):
 
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         pairs = [(_on_device(prepared), strength) for prepared, strength in active]
-        self.report = self._writer.write(pairs)
+        self._report = self._writer.write(pairs)
         wrong = self._writer.not_finite(pairs)
         _finish(self.buffers)
         if wrong is not None:
@@ -95,8 +98,7 @@ class WrittenForm(AdapterForm):
         self.graph = graph
 
     @property
-    def report(self) -> SwapReport:
-        """How weights were written the last time."""
+    def report(self) -> SwapReport | None:
         return self._replaced.report
 
     def slots(self) -> Sequence[Slot]:
@@ -135,8 +137,7 @@ class ReplacedBank(AbstractBank):
         }
 
     @property
-    def report(self) -> SwapReport:
-        """How weights were written the last time."""
+    def report(self) -> SwapReport | None:
         return self._one.report
 
     def slots(self) -> Sequence[Slot]:

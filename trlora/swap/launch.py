@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from trlora.swap.nvrtc import Kernel
+from trlora.swap.nvrtc import Bound, Kernel
 from trlora.swap.packed import Packed, row_offsets
 from trlora.swap.variant import MOST_ADAPTERS, Variant
 
@@ -58,7 +58,7 @@ class Launch:
         tables = [torch.tensor(table, dtype=torch.int64, device=device) for table in pointers]
         work = torch.tensor(tiles, dtype=torch.int32, device=device)
         arguments = [*tables[:2], work, len(tiles), each, *tables[2:], wrong]
-        self._call = kernel.bound(-(-len(tiles) // each), arguments, MOST_ADAPTERS)
+        self._call = Bound(kernel, -(-len(tiles) // each), arguments, MOST_ADAPTERS)
 
     def __call__(self, strengths: Sequence[float], stream: torch.cuda.Stream) -> None:
         """One strength an adapter."""

@@ -73,19 +73,15 @@ class Kernel:
         self.resident_blocks = together * torch.cuda.get_device_properties(device).multi_processor_count
         """That the GPU runs at a time."""
 
-    def bound(self, blocks: int, arguments: Sequence[torch.Tensor | int], floats: int) -> Bound:
-        """The kernel with its arguments, to be launched again and again.
-
-        Args:
-            arguments: tensors, passed as pointers, and int32 values.
-            floats: how many float32 values come after them, given with every launch.
-        """
-        return Bound(self, blocks, arguments, floats)
-
 
 @final
 class Bound:
-    """A kernel with its arguments; see `Kernel.bound`."""
+    """A kernel with its arguments, to be launched again and again.
+
+    Args:
+        arguments: tensors, passed as pointers, and int32 values.
+        floats: how many float32 values come after them, given with every launch.
+    """
 
     def __init__(self, kernel: Kernel, blocks: int, arguments: Sequence[torch.Tensor | int], floats: int) -> None:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]

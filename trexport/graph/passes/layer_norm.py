@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from trexport.graph.matching import MICROSOFT, dims, finish, is_op, made_by, new_constant, op, replace
+from trexport.graph.matching import biased, dims, finish, is_op, new_constant, op
+from trexport.graph.passes.skip_layer_norm import fuse
 
 
 def layer_norm(model: ir.Model) -> int:
@@ -25,37 +26,14 @@ def layer_norm(model: ir.Model) -> int:
         if not dims(gamma) == dims(beta) == sizes[2:]:
             continue
         zeros = _zeros(model.graph, x, [int(size) for size in sizes[1:]])
-        biased = _biased(x)
-        inputs = (
-            [x, zeros.outputs[0], gamma, beta]
-            if biased is None
-            else [biased[0], zeros.outputs[0], gamma, beta, biased[1]]
-        )
-        y = node.outputs[0]
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
-        fused = op("SkipLayerNormalization", inputs, {"epsilon": epsilon}, like=y, domain=MICROSOFT)
-        if biased is not None and len(x.uses()) > 1:
-            fused.resize_outputs(4)
-            mean, deviation, total = fused.outputs[1:]
-            mean.name = deviation.name = ""  # of training
-            total.type, total.shape = x.type, x.shape
-            replace(model.graph, y, [zeros, fused], fused.outputs[0])
-            x.replace_all_uses_with(total)
+        model.graph.insert_before(node, zeros)
+        found = biased(x)
+        if found is None:
+            fuse(model.graph, node, [x, zeros.outputs[0], gamma, beta])
         else:
-            replace(model.graph, y, [zeros, fused])
+            fuse(model.graph, node, [found[0], zeros.outputs[0], gamma, beta, found[1]], x)
         sites += 1
     return finish(model, sites)
-
-
-def _biased(x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """What a row is added to, and the row."""
-    add = made_by(x, "Add")
-    for bias, product in () if add is None else (add.inputs, add.inputs[::-1]):
-        if bias is None or product is None or not bias.is_initializer():
-            continue
-        if dims(product) == dims(x) and dims(bias) == (dims(x) or [])[-1:]:
-            return product, bias
-    return None
 
 
 def _zeros(graph: ir.Graph, like: ir.Value, shape: list[int]) -> ir.Node:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from trexport.graph.matching import MICROSOFT, dims, finish, is_op, linear_bias, made_by, op, replace
@@ -29,17 +31,27 @@ def skip_layer_norm(model: ir.Model) -> int:
         )
         product, bias, skip = (left, None, right) if taken is None else (*taken[0], taken[1])
         inputs = [product, skip, gamma, beta, *([] if bias is None else [bias])]
-        y = node.outputs[0]
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
-        fused = op("SkipLayerNormalization", inputs, {"epsilon": epsilon}, like=y, domain=MICROSOFT)
-        if len(x.uses()) > 1:
-            fused.resize_outputs(4)
-            mean, deviation, total = fused.outputs[1:]
-            mean.name = deviation.name = ""  # of training
-            total.type, total.shape = x.type, x.shape
-            replace(model.graph, y, [fused], fused.outputs[0])
-            x.replace_all_uses_with(total)
-        else:
-            replace(model.graph, y, [fused])
+        fuse(model.graph, node, inputs, x)
         sites += 1
     return finish(model, sites)
+
+
+def fuse(graph: ir.Graph, node: ir.Node, inputs: Sequence[ir.Value | None], total: ir.Value | None = None) -> None:
+    """Put `com.microsoft.SkipLayerNormalization` in the place of a `LayerNormalization`.
+
+    Args:
+        total: the sum that is normalised, given out where others read it.
+    """
+    y = node.outputs[0]
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    fused = op("SkipLayerNormalization", inputs, {"epsilon": epsilon}, like=y, domain=MICROSOFT)
+    readers = 0 if total is None else len(total.uses())
+    if readers > 1:
+        fused.resize_outputs(4)
+        mean, deviation, given = fused.outputs[1:]
+        mean.name = deviation.name = ""  # of training
+        assert total is not None
+        given.type, given.shape = total.type, total.shape
+    replace(graph, y, [fused], fused.outputs[0])
+    if readers > 1 and total is not None:
+        total.replace_all_uses_with(fused.outputs[3])
