@@ -88,7 +88,9 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
         ShapeError: the cores are no ring, or the weight has another number of columns.
     """
     cut = best_cut(cores, weight.shape[-1])
-    sites = two_sites(cores, cut, torch.finfo(weight.dtype).eps / 2)
+    on_cpu = weight.device.type == "cpu"
+    # elsewhere the decomposition waits for the host, which no CUDA graph holds, for longer than the terms take
+    sites = two_sites(cores, cut, torch.finfo(weight.dtype).eps / 2 if on_cpu else 0.0)
     terms, n_lo, _ = sites.fast.shape
     n_hi = len(sites.fixed)
     left = sites.fast.permute(1, 0, 2).reshape(n_lo, terms * n_lo).to(weight)
@@ -96,7 +98,7 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     fixed = sites.fixed.T.to(weight)
     result = weight.new_empty(len(weight), n_hi, n_lo)
     between = len(weight) * max(1, terms) * n_hi * n_lo * weight.element_size()
-    pieces = max(1, -(-between // _BYTES)) if weight.device.type == "cpu" else 1
+    pieces = max(1, -(-between // _BYTES)) if on_cpu else 1
     room = weight.new_empty(-(-len(weight) // pieces) * n_hi, terms * n_lo)
     for rows, out in zip(weight.tensor_split(pieces), result.tensor_split(pieces), strict=True):
         count = len(rows)
