@@ -33,7 +33,7 @@ from trexport.bench.timer import time_steps
 from trexport.io_spec import Dtype
 from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
-from trexport.models.fused import ALL, MEASURED, PROJECTIONS, FuseOptions, fuse_
+from trexport.models.fused import ALL, PROJECTIONS, FuseOptions, fuse_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.join_linear import join_linears_
 from trexport.models.model import DTYPES, first_output, load_model, random_feeds
@@ -65,9 +65,10 @@ _MM = {"conv_1x1_as_mm": True}
 _TUNED = {"coordinate_descent_tuning": True}
 _BEST = Variant(diffusers_qkv=True, cudnn_attention=True, inductor=_MM)
 _PROJECTIONS = Variant(_PRODUCTS, cudnn_attention=True, inductor=_MM)
-_NORMS = replace(_PROJECTIONS, rewrites=MEASURED, triton=True)
+_NORMS = replace(_PROJECTIONS, rewrites=tuple(name for name in ALL if name != "upsampling"), triton=True)
 _JOINED = replace(_NORMS, joined=True)
 _LINEARS = replace(_JOINED, linears=True)
+_UPSAMPLING = replace(_LINEARS, rewrites=ALL)
 VARIANTS = {
     "plain": Variant(),
     "best-pytorch": _BEST,
@@ -77,13 +78,13 @@ VARIANTS = {
     "norms": _NORMS,
     "joined": _JOINED,
     "linears": _LINEARS,
-    "upsampling": replace(_LINEARS, rewrites=ALL),
+    "upsampling": _UPSAMPLING,
     "joined-default-attention": replace(_JOINED, cudnn_attention=False),
     "joined-tuned": replace(_JOINED, inductor=_MM | _TUNED),
-    "linears-pdl": replace(_LINEARS, inductor=_MM | {"triton.enable_pdl": True}),
+    "upsampling-pdl": replace(_UPSAMPLING, inductor=_MM | {"triton.enable_pdl": True}),
     "linears-autotuned": replace(_LINEARS, inductor=_MM | {"max_autotune": True}),
 }
-DEFAULT = "best-pytorch,projections,joined,linears"
+DEFAULT = "best-pytorch,projections,joined,linears,upsampling"
 
 # the first that matches a kernel's name
 CLASSES = {

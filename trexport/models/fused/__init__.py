@@ -18,7 +18,7 @@ from trexport.models.fused.attention import fuse_cross_attention_, fuse_self_att
 from trexport.models.fused.group_norm import fuse_group_norm_
 from trexport.models.fused.join import join_norms_
 from trexport.models.fused.join_linear import join_linears_
-from trexport.models.fused.options import ALL, MEASURED, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
+from trexport.models.fused.options import ALL, PROJECTIONS, FuseOptions, FuseReport, Outcome, options_for
 from trexport.models.fused.projection import fuse_projection_
 from trexport.models.fused.time_embedding import fuse_time_embedding_
 from trexport.models.fused.upsampling import fuse_upsampling_
@@ -26,7 +26,6 @@ from trlora.errors import nearest
 
 __all__ = [
     "ALL",
-    "MEASURED",
     "PROJECTIONS",
     "REWRITES",
     "FuseOptions",
@@ -51,7 +50,7 @@ def fuse_(unet: UNet2DConditionModel, options: FuseOptions | None = None) -> Fus
     """Rewrite a UNet in place, in evaluation mode and without adapters attached.
 
     Args:
-        options: `FuseOptions()`, `MEASURED` with torch's own operators, unless given; see `options_for`.
+        options: `FuseOptions()`, all rewrites with torch's own operators, unless given; see `options_for`.
 
     Raises:
         UsageError: an unknown rewrite.

@@ -17,8 +17,6 @@ PROJECTIONS = ("self_attention", "cross_attention", "time_embedding")
 """The rewrites that make one product of several."""
 ALL = ("self_attention", "cross_attention", "projection", "time_embedding", "group_norm", "upsampling")
 """The names of all rewrites, see `trexport.models.fused.REWRITES`."""
-MEASURED = tuple(name for name in ALL if name != "upsampling")
-"""Those that were measured to gain in the whole step."""
 
 
 @final
@@ -26,7 +24,7 @@ MEASURED = tuple(name for name in ALL if name != "upsampling")
 class FuseOptions:
     """How to rewrite a UNet."""
 
-    rewrites: tuple[str, ...] = MEASURED
+    rewrites: tuple[str, ...] = ALL
     kernels: Kernels = "torch"
     """Of normalisations: torch's own operators, or ours in Triton (CUDA; on the CPU in Triton's interpreter only)."""
     attention: Attention = "default"
@@ -40,14 +38,14 @@ class FuseOptions:
 
 
 def options_for(device: torch.device | str, dtype: torch.dtype) -> FuseOptions:
-    """What was measured to be best on a device: on compute capability 9.0, in half precision, `MEASURED` with our kernels
+    """What was measured to be best on a device: on compute capability 9.0, in half precision, all rewrites with our kernels
     (give the exported program to `join_` then) and cuDNN's attention; elsewhere the projections in one product each.
     """
     device = torch.device(device)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     if not hopper or dtype not in (torch.float16, torch.bfloat16):
         return FuseOptions(PROJECTIONS)
-    return FuseOptions(MEASURED, "triton", "cudnn" if torch.backends.cudnn.is_available() else "default")
+    return FuseOptions(ALL, "triton", "cudnn" if torch.backends.cudnn.is_available() else "default")
 
 
 @final

@@ -49,10 +49,13 @@ class FoldedUpsample(nn.Module):
 
 
 def folded(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) → (in, out, 4, 4), the taps that see the same pixel added, in float32 at least."""
+    """(out, in, 3, 3) → (in, out, 4, 4), the taps that see the same pixel added, in float32 at least; channels last where
+    the weight is, else every step would turn it."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     taps = _TAPS.to(wide)
-    return torch.einsum("uh,vw,oihw->iouv", taps, taps, wide).to(weight.dtype).contiguous()
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.einsum("uh,vw,oihw->iouv", taps, taps, wide).to(weight.dtype).contiguous(memory_format=layout)
 
 
 def fuse_upsampling_(unet: UNet2DConditionModel, options: FuseOptions) -> Outcome:

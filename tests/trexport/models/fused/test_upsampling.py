@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.trexport.models.fused.test_fused import EXACT, SIZES, TINY, drawn, made
 from trexport.models.architectures import spec_of
-from trexport.models.fused import FuseOptions, fuse_
+from trexport.models.fused import ALL, FuseOptions, fuse_
 from trexport.models.fused.upsampling import FoldedUpsample
 from trexport.models.model import first_output, random_feeds
 
@@ -55,9 +55,17 @@ def test_sizes_that_no_power_of_two_divides_are_taken_without_it() -> None:
     wide = {name: tensor.double() for name, tensor in feeds.items()}
     with torch.inference_mode():
         wanted = first_output(model, wide)
-        fuse_(model)
+        fuse_(model, FuseOptions(tuple(name for name in ALL if name != "upsampling")))
         got = first_output(model, wide)
     assert float((got - wanted).norm() / wanted.norm()) < EXACT
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_weight_keeps_its_layout(layout: torch.memory_format) -> None:
+    """One in another layout than the map's is turned in every step."""
+    _, convolution = modules_of(6, 5, True, torch.float32)
+    folded = FoldedUpsample(convolution.to(memory_format=layout))  # type: ignore[call-overload]
+    assert folded.conv.weight.is_contiguous(memory_format=layout)
 
 
 def test_a_convolution_whose_weight_is_replaced_stays() -> None:
