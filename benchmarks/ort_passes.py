@@ -69,10 +69,9 @@ def rows(device: Device) -> list[Row]:
     if device == "cuda":
         found += [Row(f"all but {name}", tuple(other for other in chosen if other != name)) for name in _ALONE]
         found += [
-            Row("all, biases of convolutions apart", chosen, {"fuse_conv_bias": "0"}),
+            Row("all, biases of convolutions fused", chosen, {"fuse_conv_bias": "1"}),
             Row("all, layer norms summed in half", chosen, {"enable_skip_layer_norm_strict_mode": "0"}),
-            Row("all, cuDNN's attention", chosen, {"sdpa_kernel": "8"}),
-            Row("all, heuristics for convolutions", chosen, {"cudnn_conv_algo_search": "HEURISTIC"}),
+            Row("all, search for convolutions", chosen, {"cudnn_conv_algo_search": "EXHAUSTIVE"}),
         ]
     only = [text for text in os.environ.get("BENCH_ONLY", "").split(",") if text]
     return [row for row in found if not only or any(text in row.label for text in only)]
@@ -166,7 +165,7 @@ def profile(
         folder=source.path.parent,
         nhwc=False,
         profile=folder / "ort",
-        provider={"fuse_conv_bias": "1"},
+        provider={"cudnn_conv_algo_search": "HEURISTIC"},
     )
     spec = source.spec
     inputs = {t.name: feeds[t.name].to(device, DTYPES[t.dtype]).contiguous() for t in spec.inputs}

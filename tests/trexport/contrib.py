@@ -56,13 +56,14 @@ def _normalised(image: Tensor, gamma: Any, beta: Any, activation: int, epsilon: 
 
 class NhwcConv(_Contrib):
     def _run(  # type: ignore[no-untyped-def]
-        self, x, w, b, auto_pad=None, dilations=(1, 1), group=1, kernel_shape=(), pads=(0, 0, 0, 0), strides=(1, 1)
+        self, x, w, b=None, auto_pad=None, dilations=(1, 1), group=1, kernel_shape=(), pads=(0, 0, 0, 0), strides=(1, 1)
     ):
         assert auto_pad in (None, "NOTSET")
         assert pads[:2] == pads[2:]
         weight = first(w)  # (M, kH, kW, C / group)
         assert list(weight.shape[2:]) == list(kernel_shape)
-        y = F.conv2d(first(x), weight, wide(b), tuple(strides), tuple(pads[:2]), tuple(dilations), group or 1)
+        bias = None if b is None else wide(b)
+        y = F.conv2d(first(x), weight, bias, tuple(strides), tuple(pads[:2]), tuple(dilations), group or 1)
         return (narrow(y.permute(0, 2, 3, 1), x),)
 
 

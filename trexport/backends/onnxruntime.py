@@ -210,9 +210,9 @@ class _OnnxRuntimeRunner(Runner):
         provider = {"enable_skip_layer_norm_strict_mode": "1"}
         if self._graph.replaced.get("nhwc_conv"):
             nhwc = False  # they are already, and nothing else is to change its layout
-            provider["fuse_conv_bias"] = (
-                "1"  # else added by a kernel of its own; with channels first, no graph holds it
-            )
+            # cuDNN's first choice, as torch takes it; its search finds the same kernels. What biases are left are added by
+            # kernels of their own: cuDNN generates slower ones for convolutions with a bias
+            provider["cudnn_conv_algo_search"] = "HEURISTIC"
         return open_session(
             self._graph.model,
             self.device,

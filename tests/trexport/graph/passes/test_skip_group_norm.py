@@ -8,6 +8,7 @@ import pytest
 
 from tests.trexport.graph.passes.small import Rewritten, Weights, attributes, rewrite
 from trexport.graph.passes.group_norm import group_norm
+from trexport.graph.passes.nhwc_conv import nhwc_conv
 from trexport.graph.passes.skip_group_norm import skip_group_norm
 from trexport.graph.passes.transposes import transposes
 
@@ -111,11 +112,84 @@ def test_free_sizes(inputs: str) -> None:
     found.assert_same()
 
 
-def test_the_bias_of_one_of_two_products() -> None:
-    body = f"{PRODUCT} q = MatMul(z, w) k = Add(q, row) {SUM.replace('(z)', '(k)')} {NORM}"
-    found = rewritten(body, weights={**BIASED, "row": (8,)})
+TWO = f"{PRODUCT} q = MatMul(z, w) k = Add(q, row) {SUM.replace('(z)', '(k)')} {NORM}"
+
+
+def test_the_biases_of_two_products_are_added_beforehand() -> None:
+    found = rewritten(TWO, weights={**BIASED, "row": (8,)})
     assert (found.sites, sorted(found.ops())) == (1, ["Add", "MatMul", "MatMul", "Relu", "SkipGroupNorm"])
+    assert set(found.node("Add").input) == {"bias", "row"}
     found.assert_same()
+
+
+@pytest.mark.parametrize("fed", ["bias", "row"])
+def test_of_two_biases_one_of_which_is_fed_the_second_stays(fed: str) -> None:
+    found = rewritten(TWO, f"float[2,5,7,8] z, float[8] {fed}", weights={**BIASED, "row": (8,)})
+    assert (found.sites, sorted(found.ops())) == (1, ["Add", "MatMul", "MatMul", "Relu", "SkipGroupNorm"])
+    assert set(found.node("Add").input) != {"bias", "row"}
+    found.assert_same()
+    found.assert_same(fed=[fed])
+
+
+CONV = "o = Conv<kernel_shape = [3,3], pads = [1,1,1,1]>(a, k, bias)"
+KERNEL: Weights = {"k": (8, 8, 3, 3), "bias": (8,)}
+
+
+def convolved(model: ir.Model) -> int:
+    nhwc_conv(model)
+    return passes(model)
+
+
+def with_convolution(body: str, inputs: str, weights: Weights, outputs: str = "") -> Rewritten:
+    text = f"(float[2,5,7,8] x, float[2,5,7,8] z{inputs}) => (float[2,5,7,8] y{outputs}) {{ {START} {body} {NORM} }}"
+    given = {"gamma": (8,), "beta": (8,), "axes": np.array([2, 3]), **weights}
+    return rewrite(text, convolved, given, opset=21)
+
+
+@pytest.mark.parametrize("order", ["(o, b)", "(b, o)"])
+def test_the_bias_of_a_convolution(order: str) -> None:
+    found = with_convolution(f"{CONV} s = Add{order}", "", KERNEL)
+    assert (found.sites, found.ops()) == (1, ["Transpose", "NhwcConv", "SkipGroupNorm", "Relu"])
+    assert len(found.node("NhwcConv").input) == 2
+    assert found.node("SkipGroupNorm").input[4] == "bias"
+    found.assert_same(1e-4)
+
+
+def test_the_bias_of_a_convolution_and_a_row_for_each_sample() -> None:
+    found = with_convolution(f"{CONV} u = Unsqueeze(t, axes) s = Add(o, u)", ", float[2,8] t", KERNEL)
+    assert found.sites == 1
+    assert len(found.node("NhwcConv").input) == 2
+    assert list(found.node("SkipGroupNorm").input)[3:] == ["t", "bias"]
+    found.assert_same(1e-4)
+
+
+def test_the_biases_of_a_block_and_its_shortcut() -> None:
+    """Two convolutions, as where a residual block changes its width, and others read the sum."""
+    body = (
+        f"{CONV} v = Conv<kernel_shape = [1,1]>(b, l, row) s = Add(v, o) r = Transpose<perm = [0,2,3,1]>(s) w = Relu(r)"
+    )
+    found = with_convolution(body, "", {**KERNEL, "l": (8, 8, 1, 1), "row": (8,)}, ", float[2,5,7,8] w")
+    assert found.sites == 1
+    assert [len(node.input) for node in found.after.graph.node if node.op_type == "NhwcConv"] == [2, 2]
+    assert set(found.node("Add").input) == {"bias", "row"}
+    assert len(found.node("SkipGroupNorm").output) == 2
+    found.assert_same(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "outputs"),
+    [
+        (f"{CONV} q = Transpose<perm = [0,2,3,1]>(o) w = Relu(q) s = Add(o, b)", "", ", float[2,5,7,8] w"),
+        (f"{CONV} s = Add(o, b)", ", float[8,8,3,3] k", ""),
+    ],
+    ids=["read twice", "a weight that is fed"],
+)
+def test_a_convolution_that_keeps_its_bias(body: str, inputs: str, outputs: str) -> None:
+    found = with_convolution(body, inputs, KERNEL, outputs)
+    assert found.sites == 1
+    assert len(found.node("NhwcConv").input) == 3
+    assert len(found.node("SkipGroupNorm").input) == 4
+    found.assert_same(1e-4)
 
 
 def test_a_bias_and_a_row_for_each_sample() -> None:
