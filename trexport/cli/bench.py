@@ -56,7 +56,7 @@ def command(
     engines, are measured side by side, swaps of adapters too, and it is said from how many swaps an hour, and adapters,
     which form wins. With --forms all of them are made first, in a folder that is gone afterwards.
 
-    A factored artifact is run as a session runs it: on CUDA, where its adapters are on linear layers, with weights that are
+    A factored artifact is run as a session runs it: on CUDA, unless its adapters scale biases, with weights that are
     written when adapters are activated, not with cores in every step.
 
     Latencies are medians with p10 and p90; on CUDA, device time of a CUDA graph on resident buffers. Ratios are to the first

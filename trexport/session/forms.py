@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from trexport.adapter_file import factored_of, layer_shapes, swappable_of
+from trexport.adapter_file import factored_of, swappable_of
 from trexport.artifact import Artifact
 from trexport.backends import Device
 from trexport.backends.onnxruntime import bound_run, open_session
@@ -135,17 +135,15 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
 
 
 def is_written(artifact: Artifact, device: Device) -> bool:
-    """Whether sessions write the weights of an artifact that takes cores: of a factored ONNX model whose adapters change the
-    weights of linear layers and nothing else, on a GPU."""
+    """Whether sessions write the weights of an artifact that takes cores: of a factored ONNX model whose adapters change
+    weights and no biases, on a GPU."""
     if artifact.manifest.kind != "onnx" or artifact.manifest.factored is None or device not in WRITING:
         return False
-    factored, shapes = factored_of(artifact), layer_shapes(artifact)
-    if factored.bank is not None:
-        return False
-    return all(
-        len(shapes.get(path, ())) == 2 and (layer.magnitude is None or not layer.magnitude.scales_bias)
+    factored = factored_of(artifact)
+    return factored.bank is None and not any(
+        layer.magnitude is not None and layer.magnitude.scales_bias
         for slot in factored.slots
-        for path, layer in slot.layers.items()
+        for layer in slot.layers.values()
     )
 
 

@@ -44,7 +44,7 @@ class Session:
     ```
 
     All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
-    *factored* (activating copies the cores, a step costs more; on CUDA, where only linear layers are adapted, as a swappable
+    *factored* (activating copies the cores, a step costs more; on CUDA, unless adapters scale biases, as a swappable
     one), a *bank* (every sample of a run takes an adapter of its own), and merged ones, which take no adapters. A session
     starts as the base.
 

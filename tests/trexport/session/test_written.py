@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from tests.helpers import bits, trained
+from tests.trexport.contrib import evaluated
 from tests.trexport.helpers import SIZES, damaged, drawn_by_torch
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile
@@ -20,6 +21,7 @@ from trexport.bench.stats import Latency
 from trexport.errors import UsageError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
+from trexport.graph.ort_graph import ort_graph
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import random_feeds
@@ -150,21 +152,70 @@ def test_beside_another_artifact_it_draws_with_its_own_adapters(holding: Artifac
             assert ("weights are fed" in str(runner.step(feeds).note)) == graph
 
 
-@pytest.mark.parametrize(
-    ("path", "spec"),
-    [
-        ("conv_out", {"residual": {"type": "low_rank", "rank": 1}}),
-        ("mid_block.attentions.0.proj_in", {"residual": {"type": "low_rank", "rank": 1}}),
-        ("time_embedding.linear_1", {"magnitude": {"type": "scale", "bias": True}}),
-    ],
-    ids=["convolution", "pointwise", "scaled bias"],
-)
-def test_what_changes_more_than_products_keeps_its_cores(
-    path: str, spec: dict[str, Any], base: Base, tmp_path: Path
-) -> None:
-    rows, *columns = base.weight_shapes()[path]
-    layer = trained(LayerAdapter.from_spec(AdapterSpec.from_dict(spec), math.prod(columns), rows), 0).float()
-    save_adapter(Adapter.of({path: LayerParts.of(layer)}), tmp_path / "adapter")
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "conv_in": {"residual": {"type": "low_rank", "rank": 2}},
+    "conv_out": {"residual": {"type": "low_rank", "rank": 1}, "magnitude": {"type": "scale"}},
+    "down_blocks.0.downsamplers.0.conv": {"residual": {"type": "tensor_ring", "order": 3, "rank": 2}},
+    "down_blocks.1.resnets.0.conv_shortcut": {"residual": {"type": "low_rank", "rank": 3}},
+    "up_blocks.0.resnets.0.conv1": {"transform": {"type": "diagonal"}},
+    "mid_block.attentions.0.proj_in": {"residual": {"type": "low_rank", "rank": 1}},
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": {"residual": {"type": "low_rank", "rank": 2}},
+}
+"""Strided, 1×1, beside activations and in the weight; and one linear layer."""
+
+
+def adapter_on(base: Base, specs: Mapping[str, Mapping[str, Any]], path: Path) -> str:
+    layers = {}
+    for number, (name, spec) in enumerate(specs.items()):
+        rows, *columns = base.weight_shapes()[name]
+        layer = LayerAdapter.from_spec(AdapterSpec.from_dict(dict(spec)), math.prod(columns), rows)
+        layers[name] = LayerParts.of(trained(layer, number).float())
+    save_adapter(Adapter.of(layers), path)
+    return str(path)
+
+
+@pytest.fixture
+def convolutions(base: Base, tmp_path: Path) -> tuple[Artifact, str]:
+    argument = adapter_on(base, CONVOLUTIONS, tmp_path / "adapter")
+    options = ExportOptions(factored=FactoredOptions(blank=True), fixed=SIZES)
+    export_onnx(base, open_adapters([argument], base), tmp_path / "factored", options)
+    return open_artifact(tmp_path / "factored"), argument
+
+
+def test_convolutions(convolutions: tuple[Artifact, str], base: Base) -> None:
+    artifact, argument = convolutions
+    with Session(artifact) as session:
+        session.load_adapter("it", argument)
+        feeds = random_feeds(session.spec, SIZES, seed=4)
+        plain = session.run(feeds)["out_sample"]
+        assert relative_l2(plain, drawn_by_torch(base, [], feeds)) <= 1e-5
+        session.activate({"it": 0.3})
+        found = session.run(feeds)["out_sample"]
+        assert relative_l2(found, drawn_by_torch(base, [f"{argument}=0.3"], feeds)) <= 1e-5
+        session.deactivate()
+        assert bits(session.run(feeds)["out_sample"]) == bits(plain)
+        assert relative_l2(found, plain) > 1e-3
+
+
+def test_convolutions_in_the_graph_that_a_gpu_gets(convolutions: tuple[Artifact, str], base: Base) -> None:
+    artifact, argument = convolutions
+    form = form_of(artifact, "cpu")
+    assert form is not None
+    assert form.buffers.keys() == {f"{path}.weight" for path in CONVOLUTIONS}
+    (adapter,) = open_adapters([f"{argument}=0.3"], base)
+    form.write([(form.prepare("it", adapter), 0.3)])
+    graph = ort_graph(artifact.onnx_path, graph=form.graph)
+    assert graph.replaced["nhwc_conv"]
+    model = onnx.load_from_string(graph.model)
+    onnx.load_external_data_for_model(model, str(artifact.onnx_path.parent))
+    feeds = random_feeds(artifact.manifest.io, SIZES, seed=4)
+    (found,) = evaluated(model, feeds | form.buffers)
+    assert relative_l2(found, drawn_by_torch(base, [f"{argument}=0.3"], feeds)) <= 1e-5
+
+
+def test_what_changes_biases_keeps_its_cores(base: Base, tmp_path: Path) -> None:
+    spec = {"time_embedding.linear_1": {"magnitude": {"type": "scale", "bias": True}}}
+    argument = adapter_on(base, spec, tmp_path / "adapter")
     options = ExportOptions(factored=FactoredOptions(), fixed=SIZES)
-    export_onnx(base, open_adapters([str(tmp_path / "adapter")], base), tmp_path / "factored", options)
+    export_onnx(base, open_adapters([argument], base), tmp_path / "factored", options)
     assert isinstance(form_of(open_artifact(tmp_path / "factored"), "cpu"), FactoredForm)

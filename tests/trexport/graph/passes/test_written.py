@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -163,21 +164,58 @@ def test_no_adapted_layer() -> None:
     found.assert_same()
 
 
-@pytest.mark.parametrize(
-    ("body", "image", "bank"),
-    [("y = Conv(x, w)", ",3,4", None), ("t = Transpose<perm = [1,0]>(w) y = MatMul(x, t)", "", 2)],
-    ids=["convolution", "bank"],
-)
-def test_what_is_no_product_with_one_weight(body: str, image: str, bank: int | None) -> None:
-    (slot,) = slots_for([{"b": trained(adapter_of(None, LOW_RANK))}])
-    cores = slot.neutral() if bank is None else banked(slot, [], bank)
+GEOMETRIES = {
+    "1x1": ("kernel_shape = [1,1]", (1, 1)),
+    "strided": ("kernel_shape = [3,1], pads = [1,0,1,0], strides = [2,1]", (3, 1)),
+    "of groups, dilated": ("kernel_shape = [1,3], pads = [0,2,0,2], dilations = [1,2], group = 2", (1, 3)),
+}
+
+
+@pytest.mark.parametrize("path", ["activations", "weight"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolutions(path: Path, bias: bool, geometry: str) -> None:
+    attributes, kernel = GEOMETRIES[geometry]
+    groups = 2 if "group" in attributes else 1
+    columns = IN // math.prod(kernel)
+    shape = (OUT, columns, *kernel)
+    adapter = trained(adapter_of(None, LOW_RANK, 5), 5)
+    (slot,) = slots_for([{"b": adapter}])
+    between: list[onnx.ModelProto] = []
 
     def run(model: ir.Model) -> int:
-        factor(model, [slot], cores, {"b": LayerPlan("activations", 10, {})}, "fp32", bank)
-        with pytest.raises(ValueError, match=r"AdaptedConv|BankedLinear"):
+        factor(model, [slot], slot.neutral(), {"b": LayerPlan(path, 10, {})}, "fp32")
+        between.append(ir.serde.serialize_model(model))
+        written(model, list(slot.neutral()))
+        return 0
+
+    io = f"(float[2,{columns * groups},5,7] x) => (float[2,{OUT},N,M] y)"
+    text = f'{io} {{ c = Conv<{attributes}>(x, "b.weight"BIAS) y = Relu(c) }}'
+    given: dict[str, tuple[int, ...]] = {"b.weight": shape, **({"b.bias": (OUT,)} if bias else {})}
+    found = rewrite(text.replace("BIAS", ', "b.bias"' if bias else ""), run, given)
+    assert found.ops() == ["Conv", "Relu"]
+    assert len(found.node("Conv").input) == 2 + bias
+    found.assert_same(kernels=True)
+    feeds = found.feeds()
+    held = {t.name: numpy_helper.to_array(t) for t in found.before.graph.initializer}
+    weight = torch.from_numpy(held["b.weight"].copy())
+    new = torch.from_numpy(weight_oracle(weight.flatten(1), [(adapter, 0.7)])).reshape(shape)
+    (expected,) = computed(between[0], feeds | slot.tensors({"b": adapter}, 0.7, "test"))
+    (result,) = computed(found.after, feeds | {"b.weight": new.float()})
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+    (plain,) = computed(found.after, feeds)
+    assert np.abs(plain - expected).max() > 1e-2
+
+
+def test_a_bank_has_no_one_weight() -> None:
+    (slot,) = slots_for([{"b": trained(adapter_of(None, LOW_RANK))}])
+    cores = banked(slot, [], 2)
+
+    def run(model: ir.Model) -> int:
+        factor(model, [slot], cores, {"b": LayerPlan("activations", 10, {})}, "fp32", 2)
+        with pytest.raises(ValueError, match="BankedLinear"):
             written(model, list(cores))
         return 0
 
-    io = f"(float[2,{IN}{image}] x) => (float[2,{OUT}{image}] y)"
-    weight = (OUT, IN, 1, 1) if image else (OUT, IN)
-    rewrite(f"{io} {{ {body} }}".replace("w)", '"b.weight")'), run, {"b.weight": weight})
+    text = f'(float[2,{IN}] x) => (float[2,{OUT}] y) {{ t = Transpose<perm = [1,0]>("b.weight") y = MatMul(x, t) }}'
+    rewrite(text, run, {"b.weight": (OUT, IN)})
