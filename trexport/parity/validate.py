@@ -112,15 +112,16 @@ def validate(
                 runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
             )
     if is_written(artifact, device):
-        groups = [*groups, _IN_SESSION]
+        of_session = replace(_IN_SESSION, chosen=groups[-1].chosen)  # of a bank, each sample its own
+        groups = [*groups, of_session]
         with (
             progress.task("in a session"),
             backend.load(source_in_session(artifact, adapters, device), device) as runner,
         ):
-            for sizes in shapes:
-                timestep, seed = options.timesteps[0], options.seeds[0]
+            for shape in shapes:
+                sizes, timestep, seed = of_session.sizes(shape, manifest.io), options.timesteps[0], options.seeds[0]
                 feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, _IN_SESSION)
+                step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, of_session)
                 steps.append(step)
     failures: list[str] = []
     elsewhere = any(adapter.strength for adapter in adapters if not adapter.on_base)  # shown by what it is on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from trexport.adapter_file import factored_of, swappable_of
+from trexport.adapter_file import factored_of, layer_shapes, swappable_of
 from trexport.artifact import Artifact
 from trexport.backends import Device
 from trexport.backends.onnxruntime import bound_run, open_session
@@ -17,10 +18,12 @@ from trexport.errors import ArtifactError
 from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import STRENGTH, Slot, banked
 from trexport.graph.passes.written import written
+from trexport.graph.passes.written_bank import written_bank
 from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
+from trexport.models.model import DTYPES
 from trexport.pristine import copy_of, stored_weights
 from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
-from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenForm, pristine_of_engine
+from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenBank, WrittenForm, pristine_of_engine
 
 WRITING: tuple[Device, ...] = ("cuda",)
 """Where writing weights once is faster than computing with cores in every step."""
@@ -127,32 +130,44 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
     if record is not None and record.bank is not None:
         (slot,) = factored.slots
         return ReplacedBank(slot, pristine_of_engine(artifact, slot), device, record.bank, record.placements)
-    if factored.bank is not None:
-        return BankForm(factored, device)
     if is_written(artifact, device):
         return written_form(artifact, factored, device)
-    return FactoredForm(factored, device)
+    return FactoredForm(factored, device) if factored.bank is None else BankForm(factored, device)
 
 
 def is_written(artifact: Artifact, device: Device) -> bool:
     """Whether sessions write the weights of an artifact that takes cores: of a factored ONNX model whose adapters change
-    weights and no biases, on a GPU."""
+    weights and no biases, on a GPU; of a bank, whose places hold whole weights then, where they take no more memory than the
+    model."""
     if artifact.manifest.kind != "onnx" or artifact.manifest.factored is None or device not in WRITING:
         return False
     factored = factored_of(artifact)
-    return factored.bank is None and not any(
+    if any(
         layer.magnitude is not None and layer.magnitude.scales_bias
         for slot in factored.slots
         for layer in slot.layers.values()
-    )
+    ):
+        return False
+    if factored.bank is None:
+        return True
+    (slot,) = factored.slots
+    shapes = layer_shapes(artifact)
+    elements = (factored.bank + 1) * sum(math.prod(shapes[path]) for path in slot.layers)
+    model = sum((artifact.folder / name).stat().st_size for name in artifact.manifest.files)
+    return elements * DTYPES[artifact.manifest.dtype].itemsize <= model
 
 
-def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm:
+def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm | WrittenBank:
     """A factored ONNX artifact with weights in the place of cores; see `is_written`."""
     pristine: dict[str, Tensor] = {}
     for slot in factored.slots:
         stored = stored_weights(artifact, slot)
         pristine |= {path: copy_of(stored[f"{path}.weight"]) for path in slot.layers if path not in pristine}
     model = ir.load(artifact.onnx_path)
-    written(model, [name for slot in factored.slots for name in slot.neutral()])
-    return WrittenForm(factored.slots, pristine, device, ir.serde.serialize_model(model).SerializeToString())
+    cores = [name for slot in factored.slots for name in slot.neutral()]
+    bank = factored.bank
+    made = written(model, cores) if bank is None else written_bank(model, cores, bank)
+    graph = ir.serde.serialize_model(made).SerializeToString()
+    if bank is None:
+        return WrittenForm(factored.slots, pristine, device, graph)
+    return WrittenBank(factored.slots[0], pristine, device, bank, graph)

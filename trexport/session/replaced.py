@@ -15,6 +15,7 @@ from trexport.artifact import ADAPTED_NAME, Artifact
 from trexport.backends import Device
 from trexport.errors import ArtifactError
 from trexport.graph.ops.slots import Slot
+from trexport.graph.passes.written_bank import change_name
 from trexport.models.adapters import BoundAdapter
 from trexport.models.rows import Rows
 from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
@@ -151,6 +152,44 @@ class ReplacedBank(AbstractBank):
         torch._foreach_copy_(
             [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
         )
+        _finish(self.buffers)
+
+
+@final
+class WrittenBank(AbstractBank):
+    """A bank of a factored model with stacks of changed weights in the place of cores: an adapter is written as by
+    `ReplacedForm` and what it changes goes into its place at strength 1; the graph scales it.
+
+    Args:
+        slot, pristine, device: as of `ReplacedForm`, of linear layers.
+        places: for adapters.
+        graph: the model's, as `trexport.graph.passes.written_bank` makes it.
+    """
+
+    def __init__(self, slot: Slot, pristine: Mapping[str, Tensor], device: Device, places: int, graph: bytes) -> None:
+        self.places = places
+        self.graph = graph
+        self._pristine = {path: weight.to(device) for path, weight in pristine.items()}
+        self._one = ReplacedForm(slot, self._pristine, device)
+        self.buffers = {
+            change_name(path): weight.new_zeros(places + 1, *weight.shape[::-1])
+            for path, weight in self._pristine.items()
+        }
+
+    @property
+    def report(self) -> SwapReport | None:
+        return self._one.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._one.slots()
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return self._one.prepare(name, adapter)
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        self._one.write([(prepared, 1.0)])
+        for path, weight in self._pristine.items():
+            torch.sub(self._one.buffers[f"{path}.weight"].T, weight.T, out=self.buffers[change_name(path)][place])
         _finish(self.buffers)
 
 

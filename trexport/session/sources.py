@@ -15,7 +15,7 @@ from trexport.graph.factored import tensors_of
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
-from trexport.session.form import AbstractBank
+from trexport.session.form import AbstractBank, AdapterForm
 from trexport.session.forms import form_of, is_written
 
 
@@ -34,14 +34,18 @@ def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: De
     form = form_of(artifact, device)
     if form is None:
         return {}
-    if isinstance(form, AbstractBank):
-        if len(adapters) > form.places:
-            raise UsageError(f"{len(adapters)} adapters given, this bank holds {form.places}")
-        for place, adapter in enumerate(adapters, 1):
-            form.put(place, form.prepare(adapter.name, adapter))
-        return form.buffers
-    form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+    _fill(form, adapters)
     return form.buffers
+
+
+def _fill(form: AdapterForm, adapters: Sequence[BoundAdapter]) -> None:
+    if not isinstance(form, AbstractBank):
+        form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+        return
+    if len(adapters) > form.places:
+        raise UsageError(f"{len(adapters)} adapters given, this bank holds {form.places}")
+    for place, adapter in enumerate(adapters, 1):
+        form.put(place, form.prepare(adapter.name, adapter))
 
 
 def source_with(
@@ -82,7 +86,7 @@ def source_in_session(
     form = form_of(artifact, device) if is_written(artifact, device) and not other else None
     if form is None:
         return source_of(artifact, adapters, device)
-    form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+    _fill(form, adapters)
     return source_with(artifact, form.buffers, form.graph)
 
 

@@ -32,7 +32,9 @@ from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.profile import parse_profile
-from trexport.session import Session, fed_tensors
+from trexport.session import Session, fed_tensors, forms
+from trexport.session.forms import BankForm
+from trexport.session.replaced import ReplacedBank, WrittenBank
 from trexport.session.sources import source_with
 
 ADAPTERS = {"a": "random:tlora:2:6", "b": "random:tlora:1:4=0.6", "c": "random:tlora:2:3", "d": "random:tlora:1:1"}
@@ -79,9 +81,13 @@ def engine(bank: Artifact, base: Base, tmp_path_factory: pytest.TempPathFactory)
     return open_artifact(out)
 
 
-@pytest.fixture(params=["onnx", "engine"])
-def session(request: pytest.FixtureRequest, bank: Artifact) -> Iterator[Session]:
-    with Session(bank if request.param == "onnx" else request.getfixturevalue("engine")) as session:
+@pytest.fixture(params=["onnx", "written", "engine"])
+def session(request: pytest.FixtureRequest, bank: Artifact, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    """With cores, with whole weights as on a GPU, and as a package."""
+    if request.param == "written":
+        monkeypatch.setattr(forms, "WRITING", ("cpu",))
+    with Session(request.getfixturevalue("engine") if request.param == "engine" else bank) as session:
+        assert type(session._form) is {"onnx": BankForm, "written": WrittenBank, "engine": ReplacedBank}[request.param]
         for name, argument in ADAPTERS.items():
             session.load_adapter(name, argument)
         yield session
@@ -285,7 +291,7 @@ def test_an_adapter_that_overflows_leaves_the_other_samples_alone(
 ) -> None:
     before = bits(session.run(feeds_of(session, 2))["out_sample"][1])
     session.load_adapter("huge", overflowing)
-    if session.artifact.manifest.kind == "engine":  # whole weights are looked at before they are used
+    if not isinstance(session._form, BankForm):  # whole weights are looked at before they are used
         for refused in (lambda: mixed(session, ["huge", None]), lambda: session.activate({"huge": 1.0})):
             with pytest.raises(ArtifactError, match="not finite"):
                 refused()

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from tests.helpers import bits, trained
 from tests.trexport.contrib import evaluated
@@ -28,8 +29,9 @@ from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session, forms
-from trexport.session.forms import FactoredForm, form_of
-from trexport.session.replaced import WrittenForm
+from trexport.session.forms import BankForm, FactoredForm, form_of
+from trexport.session.replaced import WrittenBank, WrittenForm
+from trexport.session.sources import source_in_session
 from trlora import Adapter, AdapterSpec, LayerAdapter, LayerParts, save_adapter
 
 ADAPTERS = {"a": "random:tlora:2:6", "b": "random:lora:3", "c": "random:tlora:1:4"}
@@ -219,3 +221,46 @@ def test_what_changes_biases_keeps_its_cores(base: Base, tmp_path: Path) -> None
     options = ExportOptions(factored=FactoredOptions(), fixed=SIZES)
     export_onnx(base, open_adapters([argument], base), tmp_path / "factored", options)
     assert isinstance(form_of(open_artifact(tmp_path / "factored"), "cpu"), FactoredForm)
+
+
+BANK = ["random:tlora:2:6=0.7", "random:tlora:1:4=-0.4"]
+
+
+def test_a_bank_in_the_graph_that_a_gpu_gets(bank: Artifact, base: Base) -> None:
+    source = source_in_session(bank, open_adapters(BANK, base), "cpu")
+    assert isinstance(source, OnnxFile)
+    assert source.graph is not None
+    graph = ort_graph(bank.onnx_path, graph=source.graph)
+    model = onnx.load_from_string(graph.model)
+    onnx.load_external_data_for_model(model, str(bank.onnx_path.parent))
+    sizes = SIZES | bank.manifest.io.fixed_sizes()
+    feeds = random_feeds(bank.manifest.io, sizes, seed=4)
+    assert sizes["batch_size"] == 2
+    chosen = {"adapter_index": torch.tensor([2, 1]), "adapter_strength": torch.tensor([-0.4, 0.7])}
+    (found,) = evaluated(model, feeds | chosen | dict(source.constants))
+    own = {name: tensor for name, tensor in feeds.items() if name not in chosen}
+    for row, argument in enumerate(BANK[::-1]):
+        one = {name: tensor[row : row + 1] if tensor.dim() else tensor for name, tensor in own.items()}
+        half = bank.manifest.dtype == "fp16"
+        assert relative_l2(found[row : row + 1], drawn_by_torch(base, [argument], one)) <= (5e-3 if half else 1e-5)
+
+
+def test_a_bank_is_proved_as_a_session_runs_it_too(bank: Artifact, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ValidateOptions(timesteps=(10,), seeds=(0,), trajectory_steps=0)
+    adapters = open_adapters(BANK, base)
+    report = validate(bank, base, adapters, "cpu", options)
+    assert report.passed, report.failures
+    assert [step.who for step in report.steps if step.who == "in a session"] != []
+    put = WrittenBank.put
+    monkeypatch.setattr(WrittenBank, "put", lambda form, place, prepared: put(form, 1, prepared))
+    report = validate(bank, base, adapters, "cpu", options)
+    assert not report.passed
+    assert all(failure.startswith("in a session: ") for failure in report.failures)
+
+
+def test_a_bank_of_more_than_the_model_keeps_its_cores(base: Base, tmp_path: Path) -> None:
+    for places, form in ((1, WrittenBank), (200, BankForm)):
+        options = ExportOptions(factored=FactoredOptions(blank=True, bank=places), fixed=SIZES)
+        folder = tmp_path / str(places)
+        export_onnx(base, open_adapters(["random:tlora:1:1"], base), folder, options)
+        assert type(form_of(open_artifact(folder), "cpu")) is form

@@ -27,10 +27,7 @@ def written(model: ir.Model, cores: Collection[str]) -> ir.Model:
     """
     adapted = [node for node in model.graph if node.domain == DOMAIN]
     for node in adapted:
-        x, weight, *rest = node.inputs
-        assert x is not None
-        assert weight is not None
-        bias = rest[0] if rest and rest[0] is not None and rest[0].name == f"{node.name}.bias" else None
+        x, weight, bias, _ = parts_of_layer(node)
         if node.op_type.startswith(_LINEAR):
             made = _linear(x, weight, bias, node.outputs[0])
         elif node.op_type.startswith(_CONVOLUTION):
@@ -41,13 +38,28 @@ def written(model: ir.Model, cores: Collection[str]) -> ir.Model:
             one.metadata_props.update(node.metadata_props)
         replace(model.graph, node.outputs[0], made)
     names = [str(node.name) for node in adapted]
+    return swap(without_cores(model, cores), names)
+
+
+def parts_of_layer(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None, list[ir.Value | None]]:
+    """Of an adapted layer the input, the weight, the bias, and what is for adapters."""
+    x, weight, *rest = node.inputs
+    assert x is not None
+    assert weight is not None
+    if rest and rest[0] is not None and rest[0].name == f"{node.name}.bias":
+        return x, weight, rest[0], rest[1:]
+    return x, weight, None, rest
+
+
+def without_cores(model: ir.Model, cores: Collection[str]) -> ir.Model:
+    """A graph that has no adapted operators any more without the inputs and functions of these; in place."""
     RemoveUnusedNodesPass()(model)
     for value in [value for value in model.graph.inputs if value.name in cores]:
         model.graph.inputs.remove(value)
         model.graph.initializers.pop(str(value.name), None)
     RemoveUnusedFunctionsPass()(model)
     model.opset_imports.pop(DOMAIN, None)
-    return swap(model, names)
+    return model
 
 
 def _linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, y: ir.Value) -> list[ir.Node]:
