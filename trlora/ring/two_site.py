@@ -13,8 +13,13 @@ from trlora.ring.contract import open_chain
 from trlora.ring.multiply import best_cut
 from trlora.ring.shapes import check_matrix_ring
 
-_BYTES = 5 * 2**20
+_BYTES = {"cpu": 5 * 2**20}
 """Between the two products of the rows that are multiplied at a time: they stay in a CPU's cache."""
+_OTHER_BYTES = 256 * 2**20
+"""The same on other devices, where it is memory that a merge takes for a moment."""
+_FEWEST = ("cpu",)
+"""Devices on which a transform is brought to its fewest terms first. Elsewhere the decomposition waits for the host at every
+layer, which no CUDA graph holds."""
 _GRAM = 1e-8
 """Singular values that the eigenvalues of Gram matrices in float64 tell from zero, relative to the greatest."""
 
@@ -88,9 +93,8 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
         ShapeError: the cores are no ring, or the weight has another number of columns.
     """
     cut = best_cut(cores, weight.shape[-1])
-    on_cpu = weight.device.type == "cpu"
-    # elsewhere the decomposition waits for the host, which no CUDA graph holds, for longer than the terms take
-    sites = two_sites(cores, cut, torch.finfo(weight.dtype).eps / 2 if on_cpu else 0.0)
+    device = weight.device.type
+    sites = two_sites(cores, cut, torch.finfo(weight.dtype).eps / 2 if device in _FEWEST else 0.0)
     terms, n_lo, _ = sites.fast.shape
     n_hi = len(sites.fixed)
     left = sites.fast.permute(1, 0, 2).reshape(n_lo, terms * n_lo).to(weight)
@@ -98,7 +102,7 @@ def change_by_cores(weight: Tensor, cores: Sequence[Tensor]) -> Tensor:
     fixed = sites.fixed.T.to(weight)
     result = weight.new_empty(len(weight), n_hi, n_lo)
     between = len(weight) * max(1, terms) * n_hi * n_lo * weight.element_size()
-    pieces = max(1, -(-between // _BYTES)) if on_cpu else 1
+    pieces = max(1, -(-between // _BYTES.get(device, _OTHER_BYTES)))
     room = weight.new_empty(-(-len(weight) // pieces) * n_hi, terms * n_lo)
     for rows, out in zip(weight.tensor_split(pieces), result.tensor_split(pieces), strict=True):
         count = len(rows)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from trlora import ShapeError
-from trlora.ring import change_by_cores, identity_cores, matrix_from_cores, modes_of, two_sites
+from trlora.ring import change_by_cores, identity_cores, matrix_from_cores, modes_of, two_site, two_sites
 
 CASES = [([5], [2]), ([3, 4], [2, 3]), ([3, 4, 5], [2, 3, 1]), ([2, 3, 5, 4], [1, 2, 3, 2])]
 
@@ -41,10 +42,17 @@ def test_equal_slices_have_one_term() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("modes", "ranks"), CASES)
 @pytest.mark.parametrize("at_once", [5 * 2**20, 2**14])
+@pytest.mark.parametrize("fewest", [("cpu",), ()], ids=["fewest terms", "all terms, as on a GPU"])
 def test_the_change_of_a_weight(
-    modes: list[int], ranks: list[int], dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+    modes: list[int],
+    ranks: list[int],
+    dtype: torch.dtype,
+    at_once: int,
+    fewest: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("trlora.ring.two_site._BYTES", at_once)
+    monkeypatch.setattr(two_site, "_BYTES", {"cpu": at_once})
+    monkeypatch.setattr(two_site, "_FEWEST", fewest)
     cores = ring_of(modes, ranks, 0.1)
     matrix = matrix_from_cores(cores)
     weight = torch.randn(300, len(matrix), dtype=torch.float64).to(dtype)
@@ -53,6 +61,28 @@ def test_the_change_of_a_weight(
     assert found.dtype == dtype
     assert change_by_cores(weight[:0], [core.to(dtype) for core in cores]).shape == (0, len(matrix))
     assert (found.double() - expected).norm() <= 8 * torch.finfo(dtype).eps * weight.double().norm()
+
+
+def test_what_a_weight_takes_on_other_devices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All terms of every row at once would be 36 times the weight."""
+    monkeypatch.setattr(two_site, "_BYTES", {})
+    monkeypatch.setattr(two_site, "_OTHER_BYTES", 2**16)
+    monkeypatch.setattr(two_site, "_FEWEST", ())
+    cores = ring_of([4, 8, 10], [6, 6, 6], 0.1)
+    weight = torch.randn(300, 320, dtype=torch.float64)
+    taken: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def watched(tensor: Tensor, *shape: int) -> Tensor:
+        made = new_empty(tensor, *shape)
+        taken.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", watched)
+    found = change_by_cores(weight, cores)
+    assert max(taken) == weight.nbytes  # the result itself
+    matrix = matrix_from_cores(cores)
+    assert (found - (weight @ matrix - weight)).norm() <= 1e-13 * found.norm()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])

@@ -47,7 +47,8 @@ REWRITES: dict[str, Callable[[UNet2DConditionModel, FuseOptions], Outcome]] = {
 
 
 def fuse_(unet: UNet2DConditionModel, options: FuseOptions | None = None) -> FuseReport:
-    """Rewrite a UNet in place, in evaluation mode and without adapters attached.
+    """Rewrite a UNet in place, in evaluation mode and without adapters attached. With `upsampling`, which is among the
+    rewrites unless others are named, it takes heights and widths that halve at every level without a rest.
 
     Args:
         options: `FuseOptions()`, all rewrites with torch's own operators, unless given; see `options_for`.

@@ -25,6 +25,7 @@ class FuseOptions:
     """How to rewrite a UNet."""
 
     rewrites: tuple[str, ...] = ALL
+    """`upsampling` wants heights and widths that halve at every level without a rest."""
     kernels: Kernels = "torch"
     """Of normalisations: torch's own operators, or ours in Triton (CUDA; on the CPU in Triton's interpreter only)."""
     attention: Attention = "default"
