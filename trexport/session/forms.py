@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from trexport.adapter_file import factored_of, layer_shapes, swappable_of
 from trexport.artifact import Artifact
 from trexport.backends import Device
-from trexport.backends.onnxruntime import bound_run, open_session
-from trexport.errors import ArtifactError
 from trexport.graph.factored import Factored
-from trexport.graph.ops.slots import STRENGTH, Slot, banked
+from trexport.graph.ops.slots import Slot, banked
 from trexport.graph.passes.written import written
 from trexport.graph.passes.written_bank import written_bank
-from trexport.graph.swappable import MERGE_NAME, Swappable, merged_name
 from trexport.models.model import DTYPES
 from trexport.pristine import copy_of, stored_weights
 from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
@@ -54,42 +50,6 @@ class FactoredForm(AdapterForm):
 
 
 @final
-class SwappableForm(AdapterForm):
-    """The adapted weights are the buffers: activating adapters runs `merge.onnx` into them."""
-
-    def __init__(self, artifact: Artifact, swappable: Swappable, device: Device) -> None:
-        self._slot: Slot = swappable.slot
-        self._device: Device = device
-        self._pristine = stored_weights(artifact, swappable.slot)
-        self.buffers = {name: copy_of(stored).to(device) for name, stored in self._pristine.items()}
-        path = artifact.onnx_path.with_name(MERGE_NAME)
-        # what the weights are reshaped into would be kept beside them
-        self._merge: Any = open_session(str(path), device, fold_constants=False)
-
-    def slots(self) -> Sequence[Slot]:
-        return [self._slot]
-
-    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        if not active:
-            for name, stored in self._pristine.items():
-                self.buffers[name].copy_(copy_of(stored))
-            return
-        inputs = {
-            name: torch.stack([prepared.fits[0][name] for prepared, _ in active]).to(self._device)
-            for name in active[0][0].fits[0]
-        }
-        inputs[STRENGTH] = torch.tensor([strength for _, strength in active], dtype=torch.float32, device=self._device)
-        outputs = {merged_name(path): self.buffers[f"{path}.weight"] for path in self._slot.layers}
-        bound_run(self._merge, inputs, outputs, self._device)()
-        # a sum is finite where all its terms are; reading each weight once is a fraction of computing it
-        sums = torch.stack([buffer.sum(dtype=torch.float32) for buffer in self.buffers.values()])
-        if not bool(sums.isfinite().all()):
-            wrong = next(name for name, total in zip(self.buffers, sums, strict=True) if not total.isfinite())
-            given = {prepared.name: strength for prepared, strength in active}
-            raise ArtifactError(f"{wrong}: not finite with {given}; the strengths are too great for this precision")
-
-
-@final
 class BankForm(AbstractBank):
     """Stacks of cores are the buffers: an adapter is copied into a place once, and each sample says which place it takes."""
 
@@ -118,11 +78,9 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
         if artifact.manifest.kind == "engine":
             placements = artifact.engine_record.placements
             return ReplacedForm(swappable.slot, pristine_of_engine(artifact, swappable.slot), device, placements)
-        if device == "cuda":  # where `trlora.swap` has a kernel
-            stored = stored_weights(artifact, swappable.slot)
-            pristine = {path: copy_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}
-            return ReplacedForm(swappable.slot, pristine, device)
-        return SwappableForm(artifact, swappable, device)
+        stored = stored_weights(artifact, swappable.slot)
+        pristine = {path: copy_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}
+        return ReplacedForm(swappable.slot, pristine, device)
     if artifact.manifest.factored is None:
         return None
     factored = factored_of(artifact)
@@ -136,10 +94,15 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
 
 
 def is_written(artifact: Artifact, device: Device) -> bool:
-    """Whether sessions write the weights of an artifact that takes cores: of a factored ONNX model whose adapters change
-    weights and no biases, on a GPU; of a bank, whose places hold whole weights then, where they take no more memory than the
+    """Whether sessions run an ONNX artifact in another way than the file has it, with weights that `trlora.swap` writes: a
+    swappable one, whose file has `merge.onnx`; on a GPU a factored one, whose file computes with cores, where adapters
+    change weights and no biases; a bank, whose places hold whole weights then, where they take no more memory than the
     model."""
-    if artifact.manifest.kind != "onnx" or artifact.manifest.factored is None or device not in WRITING:
+    if artifact.manifest.kind != "onnx":
+        return False
+    if artifact.manifest.swappable is not None:
+        return True
+    if artifact.manifest.factored is None or device not in WRITING:
         return False
     factored = factored_of(artifact)
     if any(

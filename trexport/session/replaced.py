@@ -1,4 +1,4 @@
-"""Swappable models on a GPU, and swappable engines: their adapted weights are merged in torch and replaced in place."""
+"""Weights that are written in place: of swappable models and engines, and of factored ones in the place of their cores."""
 
 from __future__ import annotations
 

@@ -17,11 +17,12 @@ from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
 from trexport.session.form import AbstractBank, AdapterForm
 from trexport.session.forms import form_of, is_written
+from trexport.session.merge_file import merged_by_file
 
 
 def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> dict[str, Tensor]:
     """What to bind beside the UNet's inputs so that an artifact draws with adapters: cores and strengths of a factored one,
-    stacks of a bank (not its index), merged weights of a swappable one. None for a merged one.
+    stacks of a bank (not its index), weights of a swappable one, by its own `merge.onnx`. None for a merged one.
 
     Raises:
         ArtifactError: an adapter does not fit, or the artifact takes none.
@@ -31,6 +32,8 @@ def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: De
     whole = manifest.kind == "engine" and artifact.engine_record.bank is not None
     if manifest.factored is not None and not whole:
         return {name: tensor.to(device) for name, tensor in tensors_of(factored_of(artifact), adapters).items()}
+    if manifest.swappable is not None and manifest.kind == "onnx":
+        return merged_by_file(artifact, adapters, device)
     form = form_of(artifact, device)
     if form is None:
         return {}
@@ -79,10 +82,11 @@ def source_of(
 def source_in_session(
     artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
 ) -> OnnxFile | EngineFile | TorchModel:
-    """An artifact with adapters active, as a `Session` runs it; one that holds other adapters than these draws with its own,
-    as `source_of` has it."""
+    """An artifact with adapters active, as a `Session` runs it; a factored one that holds other adapters than these draws
+    with its own, as `source_of` has it."""
     held = [(record.sha256, record.strength) for record in artifact.manifest.adapters]
-    other = not artifact.blank and held != [(adapter.sha256, adapter.strength) for adapter in adapters]
+    other = artifact.manifest.factored is not None and not artifact.blank
+    other = other and held != [(adapter.sha256, adapter.strength) for adapter in adapters]
     form = form_of(artifact, device) if is_written(artifact, device) and not other else None
     if form is None:
         return source_of(artifact, adapters, device)

@@ -28,11 +28,11 @@ def test_rows_on_cuda() -> None:
 
 
 def test_rows_that_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BENCH_ONLY", "exported,cuDNN")
+    monkeypatch.setenv("BENCH_ONLY", "exported,search")
     assert [row.label for row in ort_passes.rows("cuda")] == [
         "as exported",
         "as exported, biases fused",
-        "all, cuDNN's attention",
+        "all, search for convolutions",
     ]
 
 

@@ -127,7 +127,7 @@ def test_merge_onnx_computes_the_weights_and_the_model_takes_them(
         for name, argument in zip("ab", arguments, strict=True):
             session.load_adapter(name, argument)
         session.activate({"a": None, "b": None})
-        assert bits(session.run(feeds)["out_sample"]) == bits(drawn)
+        assert relative_l2(session.run(feeds)["out_sample"], drawn) <= 1e-6
 
 
 @pytest.mark.parametrize("which", ["unet", "merge"])
