@@ -34,7 +34,7 @@ from trexport.models.architectures import default_sizes, spec_of
 from trexport.models.base import open_base
 from trexport.models.model import first_output, load_model, random_feeds
 from trexport.parity.metrics import relative_l2
-from trexport.session.forms import SwappableForm, form_of
+from trexport.session.forms import form_of
 
 ITERATIONS = int(os.environ.get("BENCH_ITERATIONS", "5"))
 BATCH = 8
@@ -100,10 +100,11 @@ def run_steps(folder: Path) -> dict[str, Any]:
 
 
 def run_swaps(folder: Path) -> dict[str, Any]:
-    """Seconds to recompute all adapted weights of the swappable form from the pristine base: one adapter, and two."""
+    """Seconds in which a session recomputes all adapted weights of the swappable form from the pristine base: one adapter,
+    and two."""
     artifact = open_artifact(folder / "swappable", verify=False)
     form = form_of(artifact, "cpu")
-    assert isinstance(form, SwappableForm)
+    assert form is not None
     base = open_base(str(folder / "base"))
     prepared = [form.prepare(a.name, a) for a in open_adapters([ADAPTER, "random:tlora:1:4"], base)]
     seconds: dict[str, list[float]] = {"one adapter": [], "two adapters": [], "off": []}
