@@ -68,11 +68,7 @@ class BankForm(AbstractBank):
 
 
 def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
-    """How an artifact takes adapters, None for one that takes none.
-
-    Raises:
-        MissingError: ONNX Runtime or the device is not here.
-    """
+    """How an artifact takes adapters, None for one that takes none."""
     if artifact.manifest.swappable is not None:
         swappable = swappable_of(artifact)
         if artifact.manifest.kind == "engine":
@@ -116,7 +112,8 @@ def is_written(artifact: Artifact, device: Device) -> bool:
     (slot,) = factored.slots
     shapes = layer_shapes(artifact)
     elements = (factored.bank + 1) * sum(math.prod(shapes[path]) for path in slot.layers)
-    model = sum((artifact.folder / name).stat().st_size for name in artifact.manifest.files)
+    files = [artifact.folder / name for name in artifact.manifest.files]
+    model = sum(file.stat().st_size for file in files if file.parent == artifact.model_folder)
     return elements * DTYPES[artifact.manifest.dtype].itemsize <= model
 
 
