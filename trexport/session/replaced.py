@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import final
@@ -113,10 +114,37 @@ class WrittenForm(AdapterForm):
         self._replaced.write(active)
 
 
+class _BankOfWeights(AbstractBank):
+    """A bank whose places hold weights: an adapter is written as by `ReplacedForm` at strength 1, and goes into its place;
+    the model scales the change."""
+
+    def __init__(self, one: ReplacedForm, places: int) -> None:
+        self._one = one
+        self.places = places
+
+    @property
+    def report(self) -> SwapReport | None:
+        return self._one.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._one.slots()
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return self._one.prepare(name, adapter)
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        self._one.write([(prepared, 1.0)])
+        self._keep(place)
+        _finish(self.buffers)
+
+    @abstractmethod
+    def _keep(self, place: int) -> None:
+        """Put what was written into a place."""
+
+
 @final
-class ReplacedBank(AbstractBank):
-    """Stacks of whole weights are the buffers, the base's own first: an adapter is written as by `ReplacedForm` and copied
-    into its place at strength 1; the engine scales the change.
+class ReplacedBank(_BankOfWeights):
+    """Of an engine: stacks of whole weights are the buffers, the base's own first.
 
     Args:
         slot, pristine, device, placements: as of `ReplacedForm`.
@@ -131,34 +159,20 @@ class ReplacedBank(AbstractBank):
         places: int,
         placements: Mapping[str, Rows] | None = None,
     ) -> None:
-        self.places = places
-        self._one = ReplacedForm(slot, pristine, device, placements)
+        super().__init__(ReplacedForm(slot, pristine, device, placements), places)
         self.buffers = {
             name: weight.expand(places + 1, *weight.shape).clone() for name, weight in self._one.buffers.items()
         }
 
-    @property
-    def report(self) -> SwapReport | None:
-        return self._one.report
-
-    def slots(self) -> Sequence[Slot]:
-        return self._one.slots()
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return self._one.prepare(name, adapter)
-
-    def put(self, place: int, prepared: Prepared) -> None:
-        self._one.write([(prepared, 1.0)])
+    def _keep(self, place: int) -> None:
         torch._foreach_copy_(
             [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
         )
-        _finish(self.buffers)
 
 
 @final
-class WrittenBank(AbstractBank):
-    """A bank of a factored model with stacks of changed weights in the place of cores: an adapter is written as by
-    `ReplacedForm` and what it changes goes into its place at strength 1; the graph scales it.
+class WrittenBank(_BankOfWeights):
+    """Of a factored model: stacks of what adapters change, the first of zeros, are the buffers, in the place of cores.
 
     Args:
         slot, pristine, device: as of `ReplacedForm`, of linear layers.
@@ -167,30 +181,17 @@ class WrittenBank(AbstractBank):
     """
 
     def __init__(self, slot: Slot, pristine: Mapping[str, Tensor], device: Device, places: int, graph: bytes) -> None:
-        self.places = places
-        self.graph = graph
         self._pristine = {path: weight.to(device) for path, weight in pristine.items()}
-        self._one = ReplacedForm(slot, self._pristine, device)
+        super().__init__(ReplacedForm(slot, self._pristine, device), places)
+        self.graph = graph
         self.buffers = {
             change_name(path): weight.new_zeros(places + 1, *weight.shape[::-1])
             for path, weight in self._pristine.items()
         }
 
-    @property
-    def report(self) -> SwapReport | None:
-        return self._one.report
-
-    def slots(self) -> Sequence[Slot]:
-        return self._one.slots()
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return self._one.prepare(name, adapter)
-
-    def put(self, place: int, prepared: Prepared) -> None:
-        self._one.write([(prepared, 1.0)])
+    def _keep(self, place: int) -> None:
         for path, weight in self._pristine.items():
             torch.sub(self._one.buffers[f"{path}.weight"].T, weight.T, out=self.buffers[change_name(path)][place])
-        _finish(self.buffers)
 
 
 def _finish(buffers: Mapping[str, Tensor]) -> None:
