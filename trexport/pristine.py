@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -30,6 +32,14 @@ def stored_weights(artifact: Artifact, slot: Slot) -> dict[str, ir.TensorProtoco
 
 def copy_of(stored: ir.TensorProtocol) -> Tensor:
     """A stored weight in memory, in its own dtype."""
-    if stored.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(stored.numpy().view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(stored.numpy().copy())
+    return view_of(stored).clone()
+
+
+def view_of(stored: ir.TensorProtocol) -> Tensor:
+    """A stored weight in its own dtype where it lies, in the mapped file if it is in one: not to be written to."""
+    elements = stored.numpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        if stored.dtype == ir.DataType.BFLOAT16:
+            return torch.from_numpy(elements.view("int16")).view(torch.bfloat16)
+        return torch.from_numpy(elements)

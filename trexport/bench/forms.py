@@ -122,7 +122,10 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
             form.write(prepared)
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
-    size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
+    if isinstance(form, AbstractBank):
+        size = sum(stack[0].nbytes for stack in form.buffers.values())
+    else:
+        size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
     by = None if form.report is None else str(form.report)
     return FormCost(form_name(artifact), result.latency.median_ms, statistics.median(times), model, size, by)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact
 from trexport.backends import BACKENDS, Device
-from trexport.errors import TrexportError, UsageError
+from trexport.errors import ArtifactError, TrexportError, UsageError
 from trexport.io_spec import ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.architectures import ARCHITECTURES, Limit, default_sizes, limits_of
@@ -111,19 +111,25 @@ def validate(
             trajectory = compare_trajectory(
                 runner, reference, denoising, manifest.io, base.architecture, feeds, groups[0], progress
             )
+    failures: list[str] = []
     if is_written(artifact, device):
         of_session = replace(_IN_SESSION, chosen=groups[-1].chosen)  # of a bank, each sample its own
-        groups = [*groups, of_session]
-        with (
-            progress.task("in a session"),
-            backend.load(source_in_session(artifact, adapters, device), device) as runner,
-        ):
-            for shape in shapes:
-                sizes, timestep, seed = of_session.sizes(shape, manifest.io), options.timesteps[0], options.seeds[0]
-                feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, of_session)
-                steps.append(step)
-    failures: list[str] = []
+        with progress.task(of_session.label):
+            try:
+                in_session = source_in_session(artifact, adapters, device)
+            except (
+                ArtifactError
+            ) as error:  # weights that are not finite; the file's own steps are to be told all the same
+                failures.append(f"{of_session.label}: {error}")
+            else:
+                groups = [*groups, of_session]
+                with backend.load(in_session, device) as runner:
+                    for shape in shapes:
+                        sizes = of_session.sizes(shape, manifest.io)
+                        timestep, seed = options.timesteps[0], options.seeds[0]
+                        feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
+                        step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, of_session)
+                        steps.append(step)
     elsewhere = any(adapter.strength for adapter in adapters if not adapter.on_base)  # shown by what it is on
     shown = False
     for number, who in enumerate(groups):
@@ -145,6 +151,8 @@ def validate(
             "nothing was compared that an adapter of another strength than 0 changes: no effect can be shown"
         )
     deviation, note = None, None
+    if model_failed and all(failure.startswith(f"{_IN_SESSION.label}: ") for failure in failures):
+        note = "the file agrees with PyTorch; what a session makes of it, with weights that it writes, does not"
     of_file = [step for step in steps if step.who != _IN_SESSION.label]
     worst = max(of_file, key=lambda step: (math.isnan(step.relative_l2), step.relative_l2))
     if model_failed and options.locate and not worst.relative_l2 <= tolerance.relative_l2:

@@ -17,7 +17,7 @@ from trexport.graph.ops.slots import Slot, banked
 from trexport.graph.passes.written import written
 from trexport.graph.passes.written_bank import written_bank
 from trexport.models.model import DTYPES
-from trexport.pristine import copy_of, stored_weights
+from trexport.pristine import stored_weights, view_of
 from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
 from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenBank, WrittenForm, pristine_of_engine
 
@@ -75,7 +75,7 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
             placements = artifact.engine_record.placements
             return ReplacedForm(swappable.slot, pristine_of_engine(artifact, swappable.slot), device, placements)
         stored = stored_weights(artifact, swappable.slot)
-        pristine = {path: copy_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}
+        pristine = {path: view_of(stored[f"{path}.weight"]) for path in swappable.slot.layers}
         return ReplacedForm(swappable.slot, pristine, device)
     if artifact.manifest.factored is None:
         return None
@@ -92,8 +92,8 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
 def is_written(artifact: Artifact, device: Device) -> bool:
     """Whether sessions run an ONNX artifact in another way than the file has it, with weights that `trlora.swap` writes: a
     swappable one, whose file has `merge.onnx`; on a GPU a factored one, whose file computes with cores, where adapters
-    change weights and no biases; a bank, whose places hold whole weights then, where they take no more memory than the
-    model."""
+    change weights and no biases; a bank, whose places hold whole weights then, where these stacks take no more memory
+    than the model."""
     if artifact.manifest.kind != "onnx":
         return False
     if artifact.manifest.swappable is not None:
@@ -122,7 +122,7 @@ def written_form(artifact: Artifact, factored: Factored, device: Device) -> Writ
     pristine: dict[str, Tensor] = {}
     for slot in factored.slots:
         stored = stored_weights(artifact, slot)
-        pristine |= {path: copy_of(stored[f"{path}.weight"]) for path in slot.layers if path not in pristine}
+        pristine |= {path: view_of(stored[f"{path}.weight"]) for path in slot.layers if path not in pristine}
     model = ir.load(artifact.onnx_path)
     cores = [name for slot in factored.slots for name in slot.neutral()]
     bank = factored.bank

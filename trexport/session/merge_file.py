@@ -27,6 +27,7 @@ def merged_by_file(artifact: Artifact, adapters: Sequence[BoundAdapter], device:
     """
     slot = swappable_of(artifact).slot
     weights = {name: copy_of(stored) for name, stored in stored_weights(artifact, slot).items()}
+    adapters = [adapter for adapter in adapters if adapter.strength]  # zero does not silence what overflows
     if adapters:
         each = [slot.tensors(adapter.layers, adapter.strength, adapter.name) for adapter in adapters]
         inputs = {name: torch.stack([tensors[name] for tensors in each]) for name in each[0] if name != slot.strength}

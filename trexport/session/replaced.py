@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import final
@@ -20,6 +19,7 @@ from trexport.graph.passes.written_bank import change_name
 from trexport.models.adapters import BoundAdapter
 from trexport.models.rows import Rows
 from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
+from trlora.layers import weight_change
 from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
 
@@ -114,37 +114,10 @@ class WrittenForm(AdapterForm):
         self._replaced.write(active)
 
 
-class _BankOfWeights(AbstractBank):
-    """A bank whose places hold weights: an adapter is written as by `ReplacedForm` at strength 1, and goes into its place;
-    the model scales the change."""
-
-    def __init__(self, one: ReplacedForm, places: int) -> None:
-        self._one = one
-        self.places = places
-
-    @property
-    def report(self) -> SwapReport | None:
-        return self._one.report
-
-    def slots(self) -> Sequence[Slot]:
-        return self._one.slots()
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return self._one.prepare(name, adapter)
-
-    def put(self, place: int, prepared: Prepared) -> None:
-        self._one.write([(prepared, 1.0)])
-        self._keep(place)
-        _finish(self.buffers)
-
-    @abstractmethod
-    def _keep(self, place: int) -> None:
-        """Put what was written into a place."""
-
-
 @final
-class ReplacedBank(_BankOfWeights):
-    """Of an engine: stacks of whole weights are the buffers, the base's own first.
+class ReplacedBank(AbstractBank):
+    """Stacks of whole weights are the buffers, the base's own first: an adapter is written as by `ReplacedForm` and copied
+    into its place at strength 1; the engine scales the change.
 
     Args:
         slot, pristine, device, placements: as of `ReplacedForm`.
@@ -159,20 +132,34 @@ class ReplacedBank(_BankOfWeights):
         places: int,
         placements: Mapping[str, Rows] | None = None,
     ) -> None:
-        super().__init__(ReplacedForm(slot, pristine, device, placements), places)
+        self.places = places
+        self._one = ReplacedForm(slot, pristine, device, placements)
         self.buffers = {
             name: weight.expand(places + 1, *weight.shape).clone() for name, weight in self._one.buffers.items()
         }
 
-    def _keep(self, place: int) -> None:
+    @property
+    def report(self) -> SwapReport | None:
+        return self._one.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._one.slots()
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return self._one.prepare(name, adapter)
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        self._one.write([(prepared, 1.0)])
         torch._foreach_copy_(
             [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
         )
+        _finish(self.buffers)
 
 
 @final
-class WrittenBank(_BankOfWeights):
-    """Of a factored model: stacks of what adapters change, the first of zeros, are the buffers, in the place of cores.
+class WrittenBank(AbstractBank):
+    """A bank of a factored model with stacks of what adapters change, the first of zeros, in the place of cores. A change at
+    strength 1 is computed in float32 and rounded once; the graph scales it.
 
     Args:
         slot, pristine, device: as of `ReplacedForm`, of linear layers.
@@ -181,17 +168,51 @@ class WrittenBank(_BankOfWeights):
     """
 
     def __init__(self, slot: Slot, pristine: Mapping[str, Tensor], device: Device, places: int, graph: bytes) -> None:
-        self._pristine = {path: weight.to(device) for path, weight in pristine.items()}
-        super().__init__(ReplacedForm(slot, self._pristine, device), places)
+        self.places = places
         self.graph = graph
+        self._slot = slot
+        self._pristine = {path: weight.to(device) for path, weight in pristine.items()}
+        self._device = torch.device(device)
+        self._report: SwapReport | None = None
         self.buffers = {
             change_name(path): weight.new_zeros(places + 1, *weight.shape[::-1])
             for path, weight in self._pristine.items()
         }
 
-    def _keep(self, place: int) -> None:
-        for path, weight in self._pristine.items():
-            torch.sub(self._one.buffers[f"{path}.weight"].T, weight.T, out=self.buffers[change_name(path)][place])
+    @property
+    def report(self) -> SwapReport | None:
+        return self._report
+
+    def slots(self) -> Sequence[Slot]:
+        return [self._slot]
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        layers = {path: layer for path, layer in adapter.layers.items() if path in self._pristine}
+        return replace(super().prepare(name, adapter), on_device=PreparedAdapter(layers, self._device))
+
+    def put(self, place: int, prepared: Prepared) -> None:
+        adapter = _on_device(prepared)
+        places = {path: self.buffers[change_name(path)][place] for path in self._pristine}
+        with torch.no_grad():
+            for path, into in places.items():
+                pairs = [(adapter.on_device(path), 1.0)] if path in adapter.layers else []
+                change = weight_change(self._pristine[path], pairs, torch.float32)
+                if change is None:
+                    into.zero_()
+                else:
+                    into.copy_(change.T)
+            sums = torch.stack(
+                [into.sum(dtype=torch.float32) for into in places.values()]
+            )  # finite where all terms are
+        if not bool(sums.isfinite().all()):
+            wrong = next(path for path, total in zip(places, sums, strict=True) if not total.isfinite())
+            raise ArtifactError(
+                f"{wrong}.weight: what {prepared.name!r} changes at strength 1, which a bank holds, is not finite in this "
+                "precision"
+            )
+        reason = "what a bank's place holds"
+        changed = dict.fromkeys((path for path in places if path in adapter.layers), reason)
+        self._report = SwapReport(0, 0, changed, len(places) - len(changed))
 
 
 def _finish(buffers: Mapping[str, Tensor]) -> None:

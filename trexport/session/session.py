@@ -45,8 +45,8 @@ class Session:
 
     All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
     *factored* (activating copies the cores, a step costs more; on CUDA, unless adapters scale biases, as a swappable
-    one), a *bank* (every sample of a run takes an adapter of its own; on CUDA its places hold whole weights, where they take
-    no more memory than the model), and merged ones, which take no adapters. A session starts as the base.
+    one), a *bank* (every sample of a run takes an adapter of its own; on CUDA its places hold whole changes of weights,
+    where these take no more memory than the model), and merged ones, which take no adapters. A session starts as the base.
 
     On CUDA in half precision, ONNX Runtime's group normalisations add in an order of their own: two runs of the same differ,
     whatever is active. With `torch.use_deterministic_algorithms(True)`, set before, a session does without them, and is

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx
 import pytest
+import safetensors.torch
 import torch
 
 from tests.helpers import bits, trained
 from tests.trexport.contrib import evaluated
-from tests.trexport.helpers import SIZES, damaged, drawn_by_torch
+from tests.trexport.helpers import SIZES, damaged, drawn_by_torch, write_overflowing
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile
 from trexport.bench.forms import cost_of, file_for
@@ -256,6 +257,40 @@ def test_a_bank_is_proved_as_a_session_runs_it_too(bank: Artifact, base: Base, m
     report = validate(bank, base, adapters, "cpu", options)
     assert not report.passed
     assert all(failure.startswith("in a session: ") for failure in report.failures)
+
+
+def test_a_great_strength_does_not_blow_up_what_rounding_leaves(base: Base, tmp_path: Path) -> None:
+    """A small adapter at a great strength, in half precision: the change is rounded, not the weight."""
+    (bound,) = open_adapters(["random:lora:3"], base)
+    save_adapter(bound.adapter, tmp_path / "small")
+    file = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    factors = [name for name in tensors if name.endswith("residual.lora_B.weight")]
+    assert factors
+    safetensors.torch.save_file({n: t / 256 if n in factors else t for n, t in tensors.items()}, file)
+    argument = f"{tmp_path / 'small'}=256"
+    options = ExportOptions("fp16", fixed=SIZES, factored=FactoredOptions(blank=True, bank=1))
+    adapters = open_adapters([argument], base)
+    export_onnx(base, adapters, tmp_path / "bank", options)
+    artifact = open_artifact(tmp_path / "bank")
+    assert type(form_of(artifact, "cpu")) is WrittenBank
+    report = validate(artifact, base, adapters, "cpu", ValidateOptions((10,), (0,), 0, locate=False))
+    assert report.passed, report.failures
+    of_file, in_session = (
+        [step.relative_l2 for step in report.steps if (step.who == "in a session") == own] for own in (False, True)
+    )
+    assert max(in_session) <= 1.5 * max(of_file)
+
+
+def test_a_change_that_does_not_fit_is_told_beside_the_file_s_own_steps(base: Base, tmp_path: Path) -> None:
+    huge = write_overflowing(base, tmp_path / "huge")
+    options = ExportOptions(fixed=SIZES, factored=FactoredOptions(blank=True, bank=1))
+    export_onnx(base, open_adapters(["random:tlora:2:6"], base), tmp_path / "bank", options)
+    adapters = open_adapters([f"{huge}=0"], base)
+    report = validate(open_artifact(tmp_path / "bank"), base, adapters, "cpu", ValidateOptions((10,), (0,), 0))
+    assert not report.passed
+    assert report.steps
+    assert any(failure.startswith("in a session: ") and "not finite" in failure for failure in report.failures)
 
 
 def test_a_bank_of_more_than_the_model_keeps_its_cores(base: Base, tmp_path: Path) -> None:
