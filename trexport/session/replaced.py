@@ -201,9 +201,8 @@ class WrittenBank(AbstractBank):
                     into.zero_()
                 else:
                     into.copy_(change.T)
-            sums = torch.stack(
-                [into.sum(dtype=torch.float32) for into in places.values()]
-            )  # finite where all terms are
+            # a sum is finite where all its terms are; looking at it waits for what was written
+            sums = torch.stack([into.sum(dtype=torch.float32) for into in places.values()])
         if not bool(sums.isfinite().all()):
             wrong = next(path for path, total in zip(places, sums, strict=True) if not total.isfinite())
             raise ArtifactError(

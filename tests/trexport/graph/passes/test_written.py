@@ -36,6 +36,17 @@ def ring(seed: int) -> LayerAdapter:
     return trained(adapter_of(RING, LOW_RANK, seed), seed)
 
 
+def start(body: str, x: str, half: bool, more: str = "") -> tuple[str, dict[str, np.ndarray | tuple[int, ...]]]:
+    """The graph without an adapter, and its weights."""
+    text = f"(float[{x},{IN}] x{more}) => (float[{x},{OUT}] y) {{ {body} }}"
+    kind = np.float16 if half else np.float32
+    weights: dict[str, np.ndarray | tuple[int, ...]] = {
+        f"{name}.weight": weight.numpy().astype(kind) for name, weight in W.items() if f"{name}.weight" in body
+    }
+    bias: dict[str, tuple[int, ...]] = {"a.bias": (OUT,)} if "a.bias" in body else {}
+    return text.replace("float[", "float16[") if half else text, weights | bias
+
+
 def rewritten(
     body: str, adapters: Adapters, *, path: Path = "activations", x: str = "2,5", half: bool = False, more: str = ""
 ) -> tuple[Rewritten, onnx.ModelProto, list[Slot]]:
@@ -51,11 +62,8 @@ def rewritten(
         assert written(model, list(neutral)) is model
         return 0
 
-    text = f"(float[{x},{IN}] x{more}) => (float[{x},{OUT}] y) {{ {body} }}"
-    text = text.replace("float[", "float16[") if half else text
-    kind = np.float16 if half else np.float32
-    weights = {f"{name}.weight": weight.numpy().astype(kind) for name, weight in W.items() if f"{name}.weight" in body}
-    found = rewrite(text, run, {**weights, **({"a.bias": (OUT,)} if "a.bias" in body else {})}, half=half)
+    text, weights = start(body, x, half, more)
+    found = rewrite(text, run, weights, half=half)
     (factored,) = between
     return found, factored, slots
 

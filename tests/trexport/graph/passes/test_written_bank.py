@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import IN, OUT, RESIDUALS, adapter_of, trained, weight_oracle
+from tests.helpers import IN, OUT, adapter_of, trained, weight_oracle
 from tests.trexport.contrib import evaluated
 from tests.trexport.graph.ops.helpers import RING
 from tests.trexport.graph.passes.small import Rewritten, computed, rewrite
+from tests.trexport.graph.passes.test_written import LOW_RANK, A, B, W, start
 from trexport.graph.ops import DOMAIN
 from trexport.graph.ops.plan import LayerPlan
 from trexport.graph.ops.slots import banked, slots_for
@@ -22,10 +23,6 @@ from trexport.graph.passes.factor import factor
 from trexport.graph.passes.written_bank import change_name, written_bank
 from trlora import LayerAdapter
 
-LOW_RANK = RESIDUALS[1]
-W = {path: 0.1 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(ord(path))) for path in "ab"}
-A = 't = Transpose<perm = [1,0]>("a.weight") p = MatMul(x, t) h = Add(p, "a.bias")'
-B = 'u = Transpose<perm = [1,0]>("b.weight") k = MatMul(x, u)'
 PLACES = 3
 
 
@@ -49,11 +46,8 @@ def rewritten(body: str, x: str, *, half: bool = False) -> tuple[Rewritten, onnx
         assert written_bank(model, list(cores), PLACES) is model
         return 0
 
-    text = f"(float[{x},{IN}] x) => (float[{x},{OUT}] y) {{ {body} }}"
-    text = text.replace("float[", "float16[") if half else text
-    kind = np.float16 if half else np.float32
-    weights = {f"{path}.weight": weight.numpy().astype(kind) for path, weight in W.items() if f"{path}.weight" in body}
-    found = rewrite(text, run, {**weights, **({"a.bias": (OUT,)} if "a.bias" in body else {})}, half=half)
+    text, weights = start(body, x, half)
+    found = rewrite(text, run, weights, half=half)
     return found, between[0], cores
 
 
