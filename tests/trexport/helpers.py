@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +18,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from tests.helpers import trained
 from trexport.artifact import Artifact, open_artifact
 from trexport.cli import main
 from trexport.models.adapters import open_adapters
 from trexport.models.base import Base
 from trexport.models.model import attach_all_, first_output, load_model
-from trlora import load_adapter, save_adapter
+from trlora import Adapter, AdapterSpec, LayerAdapter, LayerParts, load_adapter, save_adapter
 
 SIZES = {"batch_size": 2, "height": 8, "width": 8, "sequence_length": 5}
 
@@ -135,3 +138,14 @@ def run_cli(arguments: Sequence[str | Path]) -> int:
 def leftovers(folder: Path) -> list[str]:
     """What a failed command has left in a folder, hidden files included."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def adapter_on(base: Base, specs: Mapping[str, Mapping[str, Any]], path: Path) -> str:
+    """Trained layers by their specs, saved as a checkpoint. Returns its folder."""
+    layers = {}
+    for number, (name, spec) in enumerate(specs.items()):
+        rows, *columns = base.weight_shapes()[name]
+        layer = LayerAdapter.from_spec(AdapterSpec.from_dict(dict(spec)), math.prod(columns), rows)
+        layers[name] = LayerParts.of(trained(layer, number).float())
+    save_adapter(Adapter.of(layers), path)
+    return str(path)

@@ -22,8 +22,11 @@ from trexport.backends.base import (
     TorchModel,
 )
 from trexport.errors import ArtifactError, MissingError, RunError
+from trexport.graph.layout import takes_nhwc
 from trexport.graph.ort_graph import OrtGraph, ort_graph, usual_passes
+from trexport.io_spec import ModelSpec
 from trexport.models.model import DTYPES, sizes_of, spread_timestep
+from trexport.precision import is_float32
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"
@@ -55,7 +58,8 @@ def open_session(
         model: a path, or the serialised graph; then `folder` is where its external data lies.
         sizes: fixes free axes by name, so that nothing computes shapes at run time.
         graph: capture a CUDA graph; the session's inputs must then stay where they are first bound.
-        nhwc: convolutions in the layout that tensor cores want, on CUDA; ONNX Runtime's do not take bfloat16.
+        nhwc: convolutions in the layout that tensor cores want, on CUDA, where the model lets it (see `takes_nhwc`); ONNX
+            Runtime's do not take bfloat16.
         fold_constants: off where the constants are large and what is made of them would be kept beside them.
         provider: further options of the CUDA provider, by its own names.
         profile: a prefix, for ONNX Runtime to write what each node takes into a file; `end_profiling` tells which.
@@ -85,7 +89,7 @@ def open_session(
     if device == "cuda":
         # torch's stream, so that CUDA events see the work
         provider_options = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
-        provider_options["prefer_nhwc"] = "1" if nhwc else "0"
+        provider_options["prefer_nhwc"] = "1" if nhwc and takes_nhwc(model) else "0"
         provider_options["enable_cuda_graph"] = "1" if graph else "0"
         provider_options |= provider or {}
     try:
@@ -111,6 +115,12 @@ def open_session(
             "libraries were not found (import torch first, or install the CUDA and cuDNN versions it was built for)"
         )
     return session
+
+
+def exact(spec: ModelSpec) -> dict[str, str]:
+    """Options of the CUDA provider for a model in float32 to compute in float32. It lets cuBLAS and cuDNN take TF32 unless
+    told otherwise; of a model in half precision the same option would take its tensor cores away from cuDNN."""
+    return {"use_tf32": "0"} if is_float32(spec) else {}
 
 
 def bound_run(
@@ -202,12 +212,12 @@ class _OnnxRuntimeRunner(Runner):
 
     def _open(self, sizes: Mapping[str, int] | None = None, *, graph: bool = False) -> Any:
         nhwc = all(tensor.dtype != "bf16" for tensor in self.spec.outputs)
+        provider = exact(self.spec)
         if self._graph is None:
-            return open_session(
-                str(self._path), self.device, sizes=sizes, graph=graph, nhwc=nhwc, provider=self._provider
-            )
+            provider |= self._provider
+            return open_session(str(self._path), self.device, sizes=sizes, graph=graph, nhwc=nhwc, provider=provider)
         # without it they sum in half precision
-        provider = {"enable_skip_layer_norm_strict_mode": "1"}
+        provider["enable_skip_layer_norm_strict_mode"] = "1"
         if self._graph.replaced.get("nhwc_conv"):
             nhwc = False  # they are already, and nothing else is to change its layout
             # cuDNN's first choice, as torch takes it; its search finds the same kernels. What biases are left are added by

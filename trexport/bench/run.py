@@ -177,15 +177,10 @@ def _for_batch(file: _File, batch: int) -> _File:
 def _reference(
     base: Base, adapters: Sequence[BoundAdapter], feeds: Mapping[str, torch.Tensor], spec: ModelSpec, device: Device
 ) -> torch.Tensor:
-    """The step in float32 by eager torch, of inputs as the others see them, without TF32."""
+    """The step in float32 by eager torch, of inputs as the others see them."""
     wide = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with backend_of("torch").load(TorchModel(base, adapters, "fp32"), device) as runner:
-            return runner(wide)[spec.outputs[0].name].cpu()
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    with backend_of("torch").load(TorchModel(base, adapters, "fp32"), device) as runner:
+        return runner(wide)[spec.outputs[0].name].cpu()
 
 
 def _output(step: Step, spec: ModelSpec) -> torch.Tensor:

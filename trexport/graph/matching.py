@@ -37,6 +37,11 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def is_constant(value: ir.Value) -> bool:
+    """Whether it is an initialiser that nobody can feed."""
+    return value.is_initializer() and not value.is_graph_input()
+
+
 def number(value: ir.Value | None) -> float | None:
     """The one element of a constant."""
     if value is None or value.const_value is None or value.const_value.size != 1:

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 
 from trexport.backends.base import Device
-from trexport.backends.onnxruntime import open_session
+from trexport.backends.onnxruntime import exact, open_session
 from trexport.graph.check import load_graph
 from trexport.graph.export import trace
 from trexport.graph.passes.metadata import SCOPE_KEY
@@ -205,7 +205,7 @@ def _run_probes(
     for name in names:
         if name not in existing:
             probed.graph.output.append(onnx.ValueInfoProto(name=name))
-    session = open_session(probed.SerializeToString(), device, folder=folder)
+    session = open_session(probed.SerializeToString(), device, folder=folder, provider=exact(spec))
     binding = session.io_binding()
     inputs = {t.name: feeds[t.name].to(DTYPES[t.dtype]).contiguous() for t in spec.inputs}
     for tensor in spec.inputs:

@@ -12,6 +12,7 @@ from trexport.backends import Device
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
 from trexport.models.model import attach_all_, load_model, outputs_of, spread_timestep, with_offsets
+from trexport.precision import full_float32
 from trexport.progress import SILENT, Progress
 from trlora import adapted_modules, set_strengths_
 
@@ -79,13 +80,8 @@ class Reference:
             parameter.data = with_offsets(self._pristine[name], pairs)
 
     def _run(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        try:
-            with torch.inference_mode():
-                feeds = spread_timestep(self._spec, feeds)
-                wide = {n: t.float() if t.is_floating_point() else t for n, t in feeds.items()}
-                found = outputs_of(self._model, {n: t.to(self._device) for n, t in wide.items()})
-                return tuple(tensor.cpu() for tensor in found)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+        with torch.inference_mode(), full_float32():
+            feeds = spread_timestep(self._spec, feeds)
+            wide = {n: t.float() if t.is_floating_point() else t for n, t in feeds.items()}
+            found = outputs_of(self._model, {n: t.to(self._device) for n, t in wide.items()})
+            return tuple(tensor.cpu() for tensor in found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.helpers import bits, trained
+from tests.helpers import bits
 from tests.trexport.contrib import evaluated
-from tests.trexport.helpers import SIZES, damaged, drawn_by_torch, write_overflowing
+from tests.trexport.helpers import SIZES, adapter_on, damaged, drawn_by_torch, write_overflowing
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, OnnxFile
 from trexport.bench.forms import cost_of, file_for
@@ -33,7 +32,7 @@ from trexport.session import Session, forms
 from trexport.session.forms import BankForm, FactoredForm, form_of
 from trexport.session.replaced import WrittenBank, WrittenForm
 from trexport.session.sources import source_in_session
-from trlora import Adapter, AdapterSpec, LayerAdapter, LayerParts, save_adapter
+from trlora import save_adapter
 
 ADAPTERS = {"a": "random:tlora:2:6", "b": "random:lora:3", "c": "random:tlora:1:4"}
 """Of the two slots a and c fit the first only, b the second only."""
@@ -167,16 +166,6 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 """Strided, 1×1, beside activations and in the weight; and one linear layer."""
 
 
-def adapter_on(base: Base, specs: Mapping[str, Mapping[str, Any]], path: Path) -> str:
-    layers = {}
-    for number, (name, spec) in enumerate(specs.items()):
-        rows, *columns = base.weight_shapes()[name]
-        layer = LayerAdapter.from_spec(AdapterSpec.from_dict(dict(spec)), math.prod(columns), rows)
-        layers[name] = LayerParts.of(trained(layer, number).float())
-    save_adapter(Adapter.of(layers), path)
-    return str(path)
-
-
 @pytest.fixture
 def convolutions(base: Base, tmp_path: Path) -> tuple[Artifact, str]:
     argument = adapter_on(base, CONVOLUTIONS, tmp_path / "adapter")
@@ -210,6 +199,13 @@ def test_convolutions_in_the_graph_that_a_gpu_gets(convolutions: tuple[Artifact,
     graph = ort_graph(artifact.onnx_path, graph=form.graph)
     assert graph.replaced["nhwc_conv"]
     model = onnx.load_from_string(graph.model)
+    maker = {output: node for node in model.graph.node for output in node.output}
+    fed = {value.name for value in model.graph.input}
+    for node in model.graph.node:
+        if node.op_type == "NhwcConv":  # the provider drops it where its weight is no constant
+            (weight,) = maker[node.input[1]].input
+            assert weight not in fed
+            assert weight not in maker
     onnx.load_external_data_for_model(model, str(artifact.onnx_path.parent))
     feeds = random_feeds(artifact.manifest.io, SIZES, seed=4)
     (found,) = evaluated(model, feeds | form.buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from trexport.graph.matching import (
@@ -11,12 +10,12 @@ from trexport.graph.matching import (
     finish,
     is_op,
     made_by,
-    new_constant,
     only_user,
     op,
     permutation,
     replace,
 )
+from trexport.graph.passes.nhwc_conv import is_pointwise, product
 from trexport.graph.passes.skip_group_norm import parts_of
 from trexport.graph.passes.transposes import TO_LAST
 
@@ -27,7 +26,7 @@ def pointwise(model: ir.Model) -> int:
     Returns how many. Elsewhere a bias would be a kernel of its own."""
     sites = 0
     for node in list(model.graph):
-        if not is_op(node, "NhwcConv", MICROSOFT) or not _is_pointwise(node):
+        if not is_op(node, "NhwcConv", MICROSOFT) or not is_pointwise(node, (dims(node.inputs[1]) or [])[1:3]):
             continue
         y = node.outputs[0]
         user = only_user(y)
@@ -36,41 +35,18 @@ def pointwise(model: ir.Model) -> int:
             continue
         if is_op(user, "Reshape") and _is_normalised_as_tokens(y, user.outputs[0]):
             tokens = user.outputs[0]
-            product = _product(model.graph, node, weight.inputs[0])
-            view = op("Reshape", [product[-1].outputs[0], user.inputs[1]], like=y, shape=dims(tokens))
+            multiplied = product(model.graph, node, node.inputs[0], weight.inputs[0])
+            view = op("Reshape", [multiplied[-1].outputs[0], user.inputs[1]], like=y, shape=dims(tokens))
             biased = op("Add", [view.outputs[0], node.inputs[2]], like=y, shape=dims(tokens))
-            replace(model.graph, tokens, [*product, view, biased])
+            replace(model.graph, tokens, [*multiplied, view, biased])
         elif is_op(user, "Add") and _is_normalised_as_image(user):
-            product = _product(model.graph, node, weight.inputs[0])
-            biased = op("Add", [product[-1].outputs[0], node.inputs[2]], like=y)
-            replace(model.graph, y, [*product, biased])
+            multiplied = product(model.graph, node, node.inputs[0], weight.inputs[0])
+            biased = op("Add", [multiplied[-1].outputs[0], node.inputs[2]], like=y)
+            replace(model.graph, y, [*multiplied, biased])
         else:
             continue
         sites += 1
     return finish(model, sites)
-
-
-def _is_pointwise(node: ir.Node) -> bool:
-    attributes = node.attributes
-    return (
-        len(node.inputs) == 3
-        and (dims(node.inputs[1]) or [])[1:3] == [1, 1]
-        and attributes.get_int("group", 1) == 1
-        and not any(attributes.get_ints("pads", [0]))
-        and set(attributes.get_ints("strides", [1])) == {1}
-    )
-
-
-def _product(graph: ir.Graph, node: ir.Node, weight: ir.Value | None) -> list[ir.Node]:
-    """(N, H, W, C) · (C, M), from the convolution's own weight (M, C, 1, 1)."""
-    assert weight is not None
-    rows, columns = (dims(weight) or [])[:2]
-    axes = new_constant(graph, np.array([2, 3], dtype=np.int64), "kernel_axes")
-    matrix = op("Squeeze", [weight, axes], like=weight, shape=[rows, columns])
-    turned = op("Transpose", matrix.outputs, {"perm": [1, 0]}, like=weight, shape=[columns, rows])
-    product = op("MatMul", [node.inputs[0], turned.outputs[0]], like=node.outputs[0])
-    product.metadata_props.update(node.metadata_props)
-    return [matrix, turned, product]
 
 
 def _is_normalised_as_tokens(image: ir.Value, value: ir.Value) -> bool:

@@ -13,6 +13,7 @@ from trexport.graph.matching import (
     dims,
     finish,
     integers,
+    is_constant,
     is_op,
     linear_bias,
     made_by,
@@ -27,8 +28,7 @@ def skip_group_norm(model: ir.Model) -> int:
     convolution before it too, and gives the sum out where others read it; in place. Returns how many. Residuals of the same
     shape, and rows (N, C) for whole images, a time embedding for instance, which it takes as they are.
 
-    Of two biases the sum goes in, a node on initialisers, which ONNX Runtime folds when it loads the graph. A convolution
-    whose weight is fed keeps its bias: see `nhwc_conv`.
+    Of two biases the sum goes in, a node on initialisers, which ONNX Runtime folds when it loads the graph.
     """
     sites = 0
     for node in list(model.graph):
@@ -85,7 +85,7 @@ def _apart(
     found = linear_bias(value)
     conv = None if found is not None else _biased_convolution(value)
     own = found[1] if found is not None else conv.inputs[2] if conv is not None else None
-    if own is None or (bias is not None and not (_is_fixed(own) and _is_fixed(bias))):
+    if own is None or (bias is not None and not (is_constant(own) and is_constant(bias))):
         return value, bias
     if bias is not None:
         first.append(op("Add", [bias, own], like=value, shape=dims(own)))
@@ -99,13 +99,6 @@ def _apart(
 
 
 def _biased_convolution(value: ir.Value) -> ir.Node | None:
-    """With a weight that nobody feeds, and no other reader."""
+    """With no other reader."""
     conv = made_by(value, "NhwcConv", MICROSOFT)
-    if conv is None or only_user(value) is None or len(conv.inputs) != 3:
-        return None
-    turned = made_by(conv.inputs[1], "Transpose")
-    return conv if turned is not None and _is_fixed(turned.inputs[0]) else None
-
-
-def _is_fixed(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and not value.is_graph_input()
+    return None if conv is None or only_user(value) is None or len(conv.inputs) != 3 else conv

@@ -35,6 +35,18 @@ def test_weights_stay_as_they_are() -> None:
     found.assert_same()
 
 
+@pytest.mark.parametrize("kernel", ["w", "d"], ids=["fed", "computed"])
+def test_one_pixel_is_a_product_where_its_weight_is_no_constant(kernel: str) -> None:
+    text = f"""(float[2,4,9,7] x, float[6,4,1,1] w) => (float[2,6,9,7] y) {{
+        d = Mul(w, w) y = Conv<kernel_shape = [1,1], pads = [0,0,0,0]>(x, {kernel}, b)
+    }}"""
+    found = rewrite(text, nhwc_conv, {"w": (6, 4, 1, 1), "b": (6,)})
+    assert found.sites == 1
+    assert {"MatMul", "Add"} <= set(found.ops())
+    assert not {"Conv", "NhwcConv"} & set(found.ops())
+    found.assert_same(fed=["w"])
+
+
 @pytest.mark.parametrize(
     ("text", "weights"),
     [
@@ -44,8 +56,27 @@ def test_weights_stay_as_they_are() -> None:
             "(float[1,4,5,5] x, float[6] b) => (float[1,6,3,3] y) { y = Conv(x, w, b) }",
             {"w": (6, 4, 3, 3), "b": np.ones(6, np.float32)},
         ),
+        (
+            "(float[1,4,5,5] x, float[6,4,3,3] w) => (float[1,6,3,3] y) { y = Conv(x, w, b) }",
+            {"w": np.ones((6, 4, 3, 3), np.float32), "b": (6,)},
+        ),
+        (
+            "(float[1,4,5,5] x, float[6,4,3,3] c) => (float[1,6,3,3] y) { d = Add(w, c) y = Conv(x, d, b) }",
+            {"w": (6, 4, 3, 3), "b": (6,)},
+        ),
+        (
+            "(float[1,4,5,5] x, float[6,4,1,1] w) => (float[1,6,3,3] y) { y = Conv<strides = [2,2]>(x, w, b) }",
+            {"w": np.ones((6, 4, 1, 1), np.float32), "b": (6,)},
+        ),
     ],
-    ids=["no bias", "one dimension", "a bias that can be fed"],
+    ids=[
+        "no bias",
+        "one dimension",
+        "a bias that can be fed",
+        "a weight that can be fed",
+        "a weight that is computed",
+        "every second pixel",
+    ],
 )
 def test_others_are_left_alone(text: str, weights: Weights) -> None:
     rewrite(text, nhwc_conv, weights).assert_untouched()

@@ -111,14 +111,6 @@ def test_attributes_that_change_nothing(behind: str, y: str, expected: list[str]
     found.assert_same()
 
 
-@both
-def test_a_weight_that_is_fed(behind: str, y: str, expected: list[str]) -> None:
-    found = rewritten(behind, y, more=", float[8,6,1,1] w")
-    assert (found.sites, operators(found)) == (1, expected)
-    found.assert_same()
-    found.assert_same(fed=["w"])
-
-
 def test_the_other_way_round() -> None:
     found = rewritten(IMAGE.replace("p, r", "r, p"))
     assert (found.sites, operators(found)) == (1, AS_IMAGE)
