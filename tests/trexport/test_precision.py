@@ -20,6 +20,12 @@ def switches() -> tuple[str, str]:
     return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
 
 
+def _fail_with_full_float32() -> None:
+    with full_float32():
+        assert switches() == ("ieee", "ieee")
+        raise KeyError
+
+
 @pytest.mark.parametrize("older", [True, False], ids=["by the older switch", "by the newer"])
 def test_the_switches_are_as_before_afterwards(older: bool) -> None:
     before = switches()
@@ -29,9 +35,8 @@ def test_the_switches_are_as_before_afterwards(older: bool) -> None:
         else:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         asked = switches()
-        with pytest.raises(KeyError), full_float32():
-            assert switches() == ("ieee", "ieee")
-            raise KeyError
+        with pytest.raises(KeyError):
+            _fail_with_full_float32()
         assert switches() == asked
         assert not older or torch.backends.cuda.matmul.allow_tf32
     finally:

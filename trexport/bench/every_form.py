@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
-
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import BACKENDS, Device, EngineFile, EngineOptions, OnnxFile, engine_backend_of
 from trexport.bench.forms import FormCost, FormsReport, cost_of, file_for, report_forms
@@ -20,7 +18,7 @@ from trexport.errors import UsageError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
 from trexport.graph.swappable import SwappableOptions
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, BYTES_OF
+from trexport.io_spec import BYTES_OF
 from trexport.models.adapters import BoundAdapter
 from trexport.models.architectures import default_sizes
 from trexport.models.base import Base
@@ -175,24 +173,20 @@ def _batch(
     fixed = dict(sizes) | {"batch_size": bank}
     places = [replace(adapter, name=f"{adapter.name} {place}") for place in range(1, bank + 1)]
     of_bank = FactoredOptions(blank=True, bank=bank, plan_for=device)
-    chosen = {
-        ADAPTER_INDEX: torch.arange(1, bank + 1),
-        ADAPTER_STRENGTH: torch.full((bank,), adapter.strength),
-    }
     onnx: dict[str, OnnxFile] = {}
     engines: dict[str, EngineFile] = {}
     for form, factored, held in (("merged", None, [adapter]), (_bank_of(bank), of_bank, places)):
         export = ExportOptions(options.dtype, fixed=fixed, factored=factored)
         artifact = _exported(base, [adapter], folder / f"{form} in a batch", export, progress)
-        constants = chosen if factored is not None else {}
         if ONNX in backends:
-            file = file_for(artifact, held, device)
+            file = file_for(artifact, held, device, range(len(held)))
             assert isinstance(file, OnnxFile)
-            onnx[form] = replace(file, constants={**file.constants, **constants})
+            onnx[form] = file
         if ENGINE in backends:
-            built = file_for(_built(artifact, base, [adapter], folder, device, progress), held, device)
+            engine = _built(artifact, base, [adapter], folder, device, progress)
+            built = file_for(engine, held, device, range(len(held)))
             assert isinstance(built, EngineFile)
-            engines[f"{ENGINE}, {form}"] = replace(built, constants={**built.constants, **constants})
+            engines[f"{ENGINE}, {form}"] = built
     options = replace(options, backends=backends, sizes=fixed)
     return bench(base, [adapter], onnx, device, options, engines=engines, progress=progress)
 

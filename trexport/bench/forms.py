@@ -85,19 +85,23 @@ def form_name(artifact: Artifact) -> str:
     return "factored" if bank is None else f"bank of {bank}"
 
 
-def file_for(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device) -> OnnxFile | EngineFile:
-    """An artifact with adapters active, as a backend takes it and a session runs it: of a bank, the first one for every
-    sample.
+def file_for(
+    artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device, chosen: Sequence[int | None] | None = None
+) -> OnnxFile | EngineFile:
+    """An artifact with adapters active, as a backend takes it and a session runs it.
+
+    Args:
+        chosen: of a bank, the numbers of adapters, from 0, one for each sample; the first one for all unless given.
 
     Raises:
         UsageError: an artifact that torch runs.
     """
-    source = source_in_session(artifact, adapters, device)
+    source = source_in_session(artifact, adapters, device, chosen)
     if isinstance(source, TorchModel):
         raise UsageError(
             f"{artifact.folder}: a UNet for torch, expected an artifact of trexport onnx or trexport engine"
         )
-    return replace(source, constants={**source.constants, **chosen_in_bank(artifact, adapters)})
+    return replace(source, constants={**source.constants, **chosen_in_bank(artifact, adapters, chosen)})
 
 
 def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device, result: BackendResult) -> FormCost:
@@ -117,13 +121,13 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         start = time.perf_counter()
         if isinstance(form, AbstractBank):
-            form.put(1, prepared[0][0])
+            form.rewrite(*prepared[0])
         else:
             form.write(prepared)
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     if isinstance(form, AbstractBank):
-        size = sum(stack[0].nbytes for stack in form.buffers.values())
+        size = form.held_bytes()
     else:
         size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
     by = None if form.report is None else str(form.report)

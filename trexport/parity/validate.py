@@ -116,7 +116,7 @@ def validate(
         of_session = replace(_IN_SESSION, chosen=groups[-1].chosen)  # of a bank, each sample its own
         with progress.task(of_session.label):
             try:
-                in_session = source_in_session(artifact, adapters, device)
+                in_session = source_in_session(artifact, adapters, device, of_session.chosen)
             except (
                 ArtifactError
             ) as error:  # weights that are not finite; the file's own steps are to be told all the same

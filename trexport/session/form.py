@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.ops.slots import Slot
+from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trlora.swap import PreparedAdapter, SwapReport
 
@@ -98,10 +100,54 @@ def placed(active: Sequence[tuple[Prepared, float]], slots: Sequence[Slot]) -> d
     raise UsageError(f"{names} do not fit into this graph's slots together; export for them")
 
 
+Sample = tuple[Prepared, float] | None
+"""What one sample of a batch is drawn with: an adapter at a strength, or the base."""
+
+
 class AbstractBank(AdapterForm):
-    """A form in which every sample takes one of several adapters, each in a place of its own."""
+    """A form in which every sample takes one of several adapters."""
 
     places: int
+    """How many adapters a batch may have."""
+    batch = 1
+    """The samples that a run has at least."""
+
+    @abstractmethod
+    def chosen(self, samples: Sequence[Sample]) -> dict[str, Tensor] | None:
+        """What is to be fed so that each sample is drawn as wanted; None where something is to be written first. Changes
+        nothing, so that runs may ask at once."""
+
+    @abstractmethod
+    def choose(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Write what is not there yet, and tell what is to be fed. Nobody else is to look at the buffers meanwhile.
+
+        Raises:
+            ArtifactError: what would be written is not finite. What is drawn with it is written again before the next run.
+        """
+
+    @abstractmethod
+    def rewrite(self, prepared: Prepared, strength: float) -> None:
+        """Write an adapter for one sample, whether or not it is there: what one change costs."""
+
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """What one adapter takes in the buffers."""
+
+    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
+        """What is active is chosen for every sample, as many as are known to come."""
+        if len(active) > 1:
+            raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")
+        self.choose([active[0] if active else None] * self.batch)
+
+
+class PlacedBank(AbstractBank):
+    """A bank with places that the graph chooses from by number. Adapters stay in theirs until others need them, the one
+    that was put there or used least recently first."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self._places: dict[str, tuple[int, Prepared]] = {}
+        """Name → the place it lies in, from 1, and what lies there."""
 
     @abstractmethod
     def put(self, place: int, prepared: Prepared) -> None:
@@ -111,7 +157,43 @@ class AbstractBank(AdapterForm):
             ArtifactError: what is written there would not be finite. The place is not to be used then.
         """
 
-    def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
-        """Nothing: what is active is put into a place, and chosen for every sample."""
-        if len(active) > 1:
-            raise UsageError(f"{len(active)} adapters to be active at once, a bank takes one a sample")
+    def chosen(self, samples: Sequence[Sample]) -> dict[str, Tensor] | None:
+        if not all(sample is None or self._lies(sample[0]) for sample in samples):
+            return None
+        index = [0 if sample is None else self._places[sample[0].name][0] for sample in samples]
+        strengths = [0.0 if sample is None else sample[1] for sample in samples]
+        return {
+            ADAPTER_INDEX: torch.tensor(index, dtype=torch.int64),
+            ADAPTER_STRENGTH: torch.tensor(strengths, dtype=torch.float32),
+        }
+
+    def choose(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        wanted = {sample[0].name: sample[0] for sample in samples if sample is not None}
+        for name, prepared in wanted.items():
+            if self._lies(prepared):
+                self._places[name] = self._places.pop(name)  # used just now: the last to give way
+                continue
+            taken = {place for place, _ in self._places.values()}
+            if name in self._places:
+                place, _ = self._places.pop(name)
+            elif len(taken) < self.places:
+                place = next(place for place in range(1, self.places + 1) if place not in taken)
+            else:
+                place, _ = self._places.pop(next(other for other in self._places if other not in wanted))
+            self.put(place, prepared)
+            self._places[name] = (place, prepared)
+        feeds = self.chosen(samples)
+        assert feeds is not None
+        return feeds
+
+    def rewrite(self, prepared: Prepared, strength: float) -> None:
+        self._places = {}
+        self.put(1, prepared)
+        self._places[prepared.name] = (1, prepared)
+
+    def held_bytes(self) -> int:
+        return sum(stack[0].nbytes for stack in self.buffers.values())
+
+    def _lies(self, prepared: Prepared) -> bool:
+        """Whether this very adapter lies in a place, not an older one of its name."""
+        return prepared.name in self._places and self._places[prepared.name][1] is prepared

@@ -16,10 +16,12 @@ from trexport.graph.factored import Factored
 from trexport.graph.ops.slots import Slot, banked
 from trexport.graph.passes.written import written
 from trexport.graph.passes.written_bank import written_bank
+from trexport.graph.passes.written_samples import written_samples
 from trexport.models.model import DTYPES
 from trexport.pristine import stored_weights, view_of
-from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
+from trexport.session.form import AdapterForm, PlacedBank, Prepared, placed
 from trexport.session.replaced import ReplacedBank, ReplacedForm, WrittenBank, WrittenForm, pristine_of_engine
+from trexport.session.sample_bank import SampleBank
 
 WRITING: tuple[Device, ...] = ("cuda",)
 """Where writing weights once is faster than computing with cores in every step."""
@@ -50,12 +52,12 @@ class FactoredForm(AdapterForm):
 
 
 @final
-class BankForm(AbstractBank):
+class BankForm(PlacedBank):
     """Stacks of cores are the buffers: an adapter is copied into a place once, and each sample says which place it takes."""
 
     def __init__(self, factored: Factored, device: Device) -> None:
         assert factored.bank is not None
-        self.places = factored.bank
+        super().__init__(factored.bank)
         (self._slot,) = factored.slots
         self.buffers = {name: tensor.to(device) for name, tensor in banked(self._slot, [], factored.bank).items()}
 
@@ -92,8 +94,7 @@ def form_of(artifact: Artifact, device: Device) -> AdapterForm | None:
 def is_written(artifact: Artifact, device: Device) -> bool:
     """Whether sessions run an ONNX artifact in another way than the file has it, with weights that `trlora.swap` writes: a
     swappable one, whose file has `merge.onnx`; on a GPU a factored one, whose file computes with cores, where adapters
-    change weights and no biases; a bank, whose places hold whole weights then, where these stacks take no more memory
-    than the model."""
+    change weights and no biases; a bank where that takes no more memory than the model."""
     if artifact.manifest.kind != "onnx":
         return False
     if artifact.manifest.swappable is not None:
@@ -107,17 +108,10 @@ def is_written(artifact: Artifact, device: Device) -> bool:
         for layer in slot.layers.values()
     ):
         return False
-    if factored.bank is None:
-        return True
-    (slot,) = factored.slots
-    shapes = layer_shapes(artifact)
-    elements = (factored.bank + 1) * sum(math.prod(shapes[path]) for path in slot.layers)
-    files = [artifact.folder / name for name in artifact.manifest.files]
-    model = sum(file.stat().st_size for file in files if file.parent == artifact.model_folder)
-    return elements * DTYPES[artifact.manifest.dtype].itemsize <= model
+    return factored.bank is None or _rows_of_bank(artifact, factored) is not None
 
 
-def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm | WrittenBank:
+def written_form(artifact: Artifact, factored: Factored, device: Device) -> WrittenForm | WrittenBank | SampleBank:
     """A factored ONNX artifact with weights in the place of cores; see `is_written`."""
     pristine: dict[str, Tensor] = {}
     for slot in factored.slots:
@@ -125,9 +119,32 @@ def written_form(artifact: Artifact, factored: Factored, device: Device) -> Writ
         pristine |= {path: view_of(stored[f"{path}.weight"]) for path in slot.layers if path not in pristine}
     model = ir.load(artifact.onnx_path)
     cores = [name for slot in factored.slots for name in slot.neutral()]
-    bank = factored.bank
-    made = written(model, cores) if bank is None else written_bank(model, cores, bank)
-    graph = ir.serde.serialize_model(made).SerializeToString()
-    if bank is None:
-        return WrittenForm(factored.slots, pristine, device, graph)
-    return WrittenBank(factored.slots[0], pristine, device, bank, graph)
+    if factored.bank is None:
+        return WrittenForm(factored.slots, pristine, device, _serialized(written(model, cores)))
+    (slot,) = factored.slots
+    batch = _rows_of_bank(artifact, factored)
+    if batch:
+        graph = _serialized(written_samples(model, cores, batch))
+        return SampleBank(slot, pristine, device, factored.bank, batch, graph)
+    graph = _serialized(written_bank(model, cores, factored.bank))
+    return WrittenBank(slot, pristine, device, factored.bank, graph)
+
+
+def _rows_of_bank(artifact: Artifact, factored: Factored) -> int | None:
+    """How a bank is written: with weights for so many samples, where the batch is fixed; with 0 of them, but a change in
+    every place, where it is free; None where neither fits into as much memory as the model takes."""
+    (slot,) = factored.slots
+    shapes = layer_shapes(artifact)
+    elements = sum(math.prod(shapes[path]) for path in slot.layers)
+    files = [artifact.folder / name for name in artifact.manifest.files]
+    model = sum(file.stat().st_size for file in files if file.parent == artifact.model_folder)
+    room = model // (elements * DTYPES[artifact.manifest.dtype].itemsize)
+    batch = artifact.manifest.io.fixed_sizes().get("batch_size")
+    if batch is not None and batch + 1 <= room:  # and one that is written before it is copied
+        return batch
+    assert factored.bank is not None
+    return 0 if factored.bank + 1 <= room else None
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return ir.serde.serialize_model(model).SerializeToString()

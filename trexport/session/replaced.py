@@ -18,7 +18,7 @@ from trexport.graph.ops.slots import Slot
 from trexport.graph.passes.written_bank import change_name
 from trexport.models.adapters import BoundAdapter
 from trexport.models.rows import Rows
-from trexport.session.form import AbstractBank, AdapterForm, Prepared, placed
+from trexport.session.form import AdapterForm, PlacedBank, Prepared, placed
 from trlora.layers import weight_change
 from trlora.swap import PreparedAdapter, SwapReport, WeightWriter
 
@@ -73,7 +73,7 @@ class ReplacedForm(AdapterForm):
         pairs = [(_on_device(prepared), strength) for prepared, strength in active]
         self._report = self._writer.write(pairs)
         wrong = self._writer.not_finite(pairs)
-        _finish(self.buffers)
+        finish(self.buffers)
         if wrong is not None:
             given = {prepared.name: strength for prepared, strength in active}
             raise ArtifactError(
@@ -115,7 +115,7 @@ class WrittenForm(AdapterForm):
 
 
 @final
-class ReplacedBank(AbstractBank):
+class ReplacedBank(PlacedBank):
     """Stacks of whole weights are the buffers, the base's own first: an adapter is written as by `ReplacedForm` and copied
     into its place at strength 1; the engine scales the change.
 
@@ -132,7 +132,7 @@ class ReplacedBank(AbstractBank):
         places: int,
         placements: Mapping[str, Rows] | None = None,
     ) -> None:
-        self.places = places
+        super().__init__(places)
         self._one = ReplacedForm(slot, pristine, device, placements)
         self.buffers = {
             name: weight.expand(places + 1, *weight.shape).clone() for name, weight in self._one.buffers.items()
@@ -153,11 +153,11 @@ class ReplacedBank(AbstractBank):
         torch._foreach_copy_(
             [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
         )
-        _finish(self.buffers)
+        finish(self.buffers)
 
 
 @final
-class WrittenBank(AbstractBank):
+class WrittenBank(PlacedBank):
     """A bank of a factored model with stacks of what adapters change, the first of zeros, in the place of cores. A change at
     strength 1 is computed in float32 and rounded once; the graph scales it.
 
@@ -168,7 +168,7 @@ class WrittenBank(AbstractBank):
     """
 
     def __init__(self, slot: Slot, pristine: Mapping[str, Tensor], device: Device, places: int, graph: bytes) -> None:
-        self.places = places
+        super().__init__(places)
         self.graph = graph
         self._slot = slot
         self._pristine = {path: weight.to(device) for path, weight in pristine.items()}
@@ -214,7 +214,8 @@ class WrittenBank(AbstractBank):
         self._report = SwapReport(0, 0, changed, len(places) - len(changed))
 
 
-def _finish(buffers: Mapping[str, Tensor]) -> None:
+def finish(buffers: Mapping[str, Tensor]) -> None:
+    """Wait until what was written is there."""
     if any(tensor.is_cuda for tensor in buffers.values()):
         torch.cuda.synchronize()  # a runtime reads the buffers on a stream of its own
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -22,7 +22,7 @@ from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec
 from trexport.models.adapters import BoundAdapter
 from trexport.models.model import batch_of, fitted
 from trexport.session.adapters import AdapterStore
-from trexport.session.form import AbstractBank, Prepared
+from trexport.session.form import AbstractBank, Prepared, Sample
 from trexport.session.forms import form_of
 from trexport.session.lock import ReadWriteLock
 from trexport.session.sources import backend_for, source_with
@@ -45,8 +45,10 @@ class Session:
 
     All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
     *factored* (activating copies the cores, a step costs more; on CUDA, unless adapters scale biases, as a swappable
-    one), a *bank* (every sample of a run takes an adapter of its own; on CUDA its places hold whole changes of weights,
-    where these take no more memory than the model), and merged ones, which take no adapters. A session starts as the base.
+    one), a *bank* (every sample of a run takes an adapter of its own; on CUDA, where that takes no more memory than the model,
+    with weights for each sample that are written when its adapter or strength is another than in the run before, or, where
+    the batch is free, with whole changes in its places), and merged ones, which take no adapters. A session starts as the
+    base.
 
     On CUDA in half precision, ONNX Runtime's group normalisations add in an order of their own: two runs of the same differ,
     whatever is active. With `torch.use_deterministic_algorithms(True)`, set before, a session does without them, and is
@@ -89,8 +91,6 @@ class Session:
         self._lock = ReadWriteLock()
         self._queue = threading.Lock() if self.device == "cuda" else contextlib.nullcontext()
         self._active: list[tuple[Prepared, float]] = []
-        self._places: dict[str, tuple[int, Prepared]] = {}
-        """Of a bank: name → the place it lies in, from 1, and what lies there."""
         self._broken: str | None = None
         self._closed = False
 
@@ -206,7 +206,8 @@ class Session:
         if adapters is None:
             if strengths is not None:
                 raise UsageError("strengths given without adapters")
-            return self._run_uniform(given)
+            count = batch_of(self.spec, given)
+            return self._run_samples(given, lambda: self._uniform(count))
         batch = batch_of(self.spec, given)
         names, scales = _one_a_sample("adapters", adapters, batch), [None] * batch if strengths is None else strengths
         scales = _one_a_sample("strengths", scales, batch)
@@ -214,26 +215,21 @@ class Session:
         if len(distinct) > self._bank.places:
             raise UsageError(f"{len(distinct)} adapters in one batch, this bank holds {self._bank.places}")
         wanted = {name: self._store.get(name, distinct) for name in distinct}
-        chosen = [
-            0.0 if name is None else _strength(name, wanted[name].strength if scale is None else scale)
+        samples: list[Sample] = [
+            None if name is None else (wanted[name], _strength(name, wanted[name].strength if scale is None else scale))
             for name, scale in zip(names, scales, strict=True)
         ]
-        with self._lock.read():
-            if all(self._lies(prepared) for prepared in wanted.values()):
-                return self._run(given | self._index(names, chosen))
-        with self._lock.write():  # and run before anybody else may put another adapter there
-            self._put(wanted)
-            return self._run(given | self._index(names, chosen))
+        return self._run_samples(given, lambda: samples)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
-        """A step on fixed inputs, for measuring: with what is active when it runs (of a bank, when it was made). On CUDA it
-        is a graph, with a second copy of the model. It takes no lock: activate nothing while it runs."""
+        """A step on fixed inputs, for measuring: with what is active when it runs (of a bank, when it was made, until a run
+        draws with other adapters). On CUDA it is a graph, with a second copy of the model. It takes no lock: activate
+        nothing while it runs."""
         self._check_open()
         given = self._checked(feeds)
         if self._bank is not None:
             with self._lock.write():
-                self._put({prepared.name: prepared for prepared, _ in self._active})
-            given |= self._uniform(self._active, batch_of(self.spec, given))
+                given |= self._bank.choose(self._uniform(batch_of(self.spec, given)))
         if self.device == "cpu":
             return self._runner.step(given)
         self._steppers.append(self._load())  # a captured session runs on the tensors of its capture only
@@ -282,8 +278,6 @@ class Session:
             self._check_open()
             try:
                 self._form.write(wanted)
-                if self._bank is not None:
-                    self._put({prepared.name: prepared for prepared, _ in wanted})
             except BaseException as error:
                 self._restore(error)
                 raise
@@ -308,51 +302,22 @@ class Session:
         with self._queue:
             return self._runner(feeds)
 
-    def _run_uniform(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A bank with what is active, for all samples."""
-        count = batch_of(self.spec, feeds)
-        with self._lock.read():
-            active = list(self._active)
-            if all(self._lies(prepared) for prepared, _ in active):
-                return self._run({**feeds, **self._uniform(active, count)})
-        with self._lock.write():  # another batch has taken its place
-            active = list(self._active)
-            self._put({prepared.name: prepared for prepared, _ in active})
-            return self._run({**feeds, **self._uniform(active, count)})
-
-    def _uniform(self, active: Sequence[tuple[Prepared, float]], count: int) -> dict[str, Tensor]:
-        if not active:
-            return self._index([None] * count, [0.0] * count)
-        return self._index([active[0][0].name] * count, [active[0][1]] * count)
-
-    def _index(self, names: Sequence[str | None], strengths: Sequence[float]) -> dict[str, Tensor]:
-        places = [0 if name is None else self._places[name][0] for name in names]
-        return {
-            ADAPTER_INDEX: torch.tensor(places, dtype=torch.int64),
-            ADAPTER_STRENGTH: torch.tensor(list(strengths), dtype=torch.float32),
-        }
-
-    def _lies(self, prepared: Prepared) -> bool:
-        """Whether this very adapter lies in a place of the bank, not an older one of its name."""
-        return prepared.name in self._places and self._places[prepared.name][1] is prepared
-
-    def _put(self, wanted: Mapping[str, Prepared]) -> None:
-        """Under the lock for writing: adapters into places of the bank, those in use by nobody here giving way."""
+    def _run_samples(self, feeds: Mapping[str, Tensor], samples: Callable[[], Sequence[Sample]]) -> dict[str, Tensor]:
+        """A bank with each sample as `samples`, which is called under the lock, has it."""
         bank = self._bank
         assert bank is not None
-        for name, prepared in wanted.items():
-            if self._lies(prepared):
-                self._places[name] = self._places.pop(name)  # used just now: the last to give way
-                continue
-            taken = {place for place, _ in self._places.values()}
-            if name in self._places:
-                place, _ = self._places.pop(name)
-            elif len(taken) < bank.places:
-                place = next(place for place in range(1, bank.places + 1) if place not in taken)
-            else:
-                place, _ = self._places.pop(next(other for other in self._places if other not in wanted))
-            bank.put(place, prepared)
-            self._places[name] = (place, prepared)
+        with self._lock.read():
+            self._check_open()
+            given = bank.chosen(samples())
+            if given is not None:
+                return self._run({**feeds, **given})
+        with self._lock.write():  # and run before anybody else may write something else there
+            self._check_open()
+            return self._run({**feeds, **bank.choose(samples())})
+
+    def _uniform(self, count: int) -> list[Sample]:
+        """A bank with what is active, for all samples."""
+        return [self._active[0] if self._active else None] * count
 
     def _checked(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs, each in its dtype. Raises `UsageError` for what the model does not take."""

@@ -15,7 +15,7 @@ from trexport.graph.factored import tensors_of
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
-from trexport.session.form import AbstractBank, AdapterForm
+from trexport.session.form import AbstractBank, AdapterForm, PlacedBank
 from trexport.session.forms import form_of, is_written
 from trexport.session.merge_file import merged_by_file
 
@@ -41,14 +41,24 @@ def fed_tensors(artifact: Artifact, adapters: Sequence[BoundAdapter], device: De
     return form.buffers
 
 
-def _fill(form: AdapterForm, adapters: Sequence[BoundAdapter]) -> None:
+def _fill(form: AdapterForm, adapters: Sequence[BoundAdapter], chosen: Sequence[int | None] | None = None) -> None:
+    prepared = [(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters]
     if not isinstance(form, AbstractBank):
-        form.write([(form.prepare(adapter.name, adapter), adapter.strength) for adapter in adapters])
+        form.write(prepared)
         return
     if len(adapters) > form.places:
         raise UsageError(f"{len(adapters)} adapters given, this bank holds {form.places}")
-    for place, adapter in enumerate(adapters, 1):
-        form.put(place, form.prepare(adapter.name, adapter))
+    if isinstance(form, PlacedBank):  # whose graph is told what each sample takes
+        for place, (adapter, _) in enumerate(prepared, 1):
+            form.put(place, adapter)
+        return
+    turns = _turns(adapters, chosen)
+    numbers = [turns[row % len(turns)] for row in range(form.batch)]
+    form.choose([None if number is None else prepared[number] for number in numbers])
+
+
+def _turns(adapters: Sequence[BoundAdapter], chosen: Sequence[int | None] | None) -> Sequence[int | None]:
+    return chosen if chosen is not None else [0 if adapters else None]
 
 
 def source_with(
@@ -80,26 +90,39 @@ def source_of(
 
 
 def source_in_session(
-    artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
+    artifact: Artifact,
+    adapters: Sequence[BoundAdapter],
+    device: Device,
+    chosen: Sequence[int | None] | None = None,
 ) -> OnnxFile | EngineFile | TorchModel:
     """An artifact with adapters active, as a `Session` runs it; a factored one that holds other adapters than these draws
-    with its own, as `source_of` has it."""
+    with its own, as `source_of` has it.
+
+    Args:
+        chosen: of a bank, the numbers of adapters, from 0, that samples take in turn, None for the base; the first one for
+            all unless given. A bank whose graph is told is to be told so, by `chosen_in_bank`.
+    """
     held = [(record.sha256, record.strength) for record in artifact.manifest.adapters]
     other = artifact.manifest.factored is not None and not artifact.blank
     other = other and held != [(adapter.sha256, adapter.strength) for adapter in adapters]
     form = form_of(artifact, device) if is_written(artifact, device) and not other else None
     if form is None:
         return source_of(artifact, adapters, device)
-    _fill(form, adapters)
+    _fill(form, adapters, chosen)
     return source_with(artifact, form.buffers, form.graph)
 
 
-def chosen_in_bank(artifact: Artifact, adapters: Sequence[BoundAdapter]) -> dict[str, Tensor]:
-    """Of a bank the index and strength that draw with the first adapter in it, (1,) each; nothing for another form."""
+def chosen_in_bank(
+    artifact: Artifact, adapters: Sequence[BoundAdapter], chosen: Sequence[int | None] | None = None
+) -> dict[str, Tensor]:
+    """Of a bank the index and strength that draw as `chosen` has it, or with the first adapter in it, one each for a sample
+    of those, or for all; nothing for another form."""
     if artifact.manifest.factored is None or factored_of(artifact).bank is None:
         return {}
-    strength = adapters[0].strength if adapters else 1.0
-    return {ADAPTER_INDEX: torch.tensor([int(bool(adapters))]), ADAPTER_STRENGTH: torch.tensor([strength])}
+    turns = _turns(adapters, chosen)
+    strengths = [1.0 if number is None else adapters[number].strength for number in turns]
+    index = [0 if number is None else number + 1 for number in turns]
+    return {ADAPTER_INDEX: torch.tensor(index), ADAPTER_STRENGTH: torch.tensor(strengths)}
 
 
 def backend_for(artifact: Artifact) -> str:

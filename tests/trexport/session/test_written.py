@@ -221,6 +221,8 @@ def test_what_changes_biases_keeps_its_cores(base: Base, tmp_path: Path) -> None
 
 
 BANK = ["random:tlora:2:6=0.7", "random:tlora:1:4=-0.4"]
+FREE = {axis: size for axis, size in SIZES.items() if axis != "batch_size"}
+"""A bank of a fixed batch is written otherwise: see `test_sample_bank`."""
 
 
 def test_a_bank_in_the_graph_that_a_gpu_gets(bank: Artifact, base: Base) -> None:
@@ -265,7 +267,7 @@ def test_a_great_strength_does_not_blow_up_what_rounding_leaves(base: Base, tmp_
     assert factors
     safetensors.torch.save_file({n: t / 256 if n in factors else t for n, t in tensors.items()}, file)
     argument = f"{tmp_path / 'small'}=256"
-    options = ExportOptions("fp16", fixed=SIZES, factored=FactoredOptions(blank=True, bank=1))
+    options = ExportOptions("fp16", fixed=FREE, factored=FactoredOptions(blank=True, bank=1))
     adapters = open_adapters([argument], base)
     export_onnx(base, adapters, tmp_path / "bank", options)
     artifact = open_artifact(tmp_path / "bank")
@@ -280,7 +282,7 @@ def test_a_great_strength_does_not_blow_up_what_rounding_leaves(base: Base, tmp_
 
 def test_a_change_that_does_not_fit_is_told_beside_the_file_s_own_steps(base: Base, tmp_path: Path) -> None:
     huge = write_overflowing(base, tmp_path / "huge")
-    options = ExportOptions(fixed=SIZES, factored=FactoredOptions(blank=True, bank=1))
+    options = ExportOptions(fixed=FREE, factored=FactoredOptions(blank=True, bank=1))
     export_onnx(base, open_adapters(["random:tlora:2:6"], base), tmp_path / "bank", options)
     adapters = open_adapters([f"{huge}=0"], base)
     report = validate(open_artifact(tmp_path / "bank"), base, adapters, "cpu", ValidateOptions((10,), (0,), 0))
@@ -291,7 +293,7 @@ def test_a_change_that_does_not_fit_is_told_beside_the_file_s_own_steps(base: Ba
 
 def test_a_bank_of_more_than_the_model_keeps_its_cores(base: Base, tmp_path: Path) -> None:
     for places, form in ((1, WrittenBank), (200, BankForm)):
-        options = ExportOptions(factored=FactoredOptions(blank=True, bank=places), fixed=SIZES)
+        options = ExportOptions(factored=FactoredOptions(blank=True, bank=places), fixed=FREE)
         folder = tmp_path / str(places)
         export_onnx(base, open_adapters(["random:tlora:1:1"], base), folder, options)
         assert type(form_of(open_artifact(folder), "cpu")) is form

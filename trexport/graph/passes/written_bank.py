@@ -7,12 +7,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from trexport.graph.matching import replace
-from trexport.graph.ops import DOMAIN
-from trexport.graph.ops.body import Body
-from trexport.graph.passes.written import parts_of_layer, without_cores
-
-_BANKED = "BankedLinear"
+from trexport.graph.passes.banked_layers import BankedLayer, replace_banked
+from trexport.graph.passes.written import without_cores
 
 
 def change_name(path: str) -> str:
@@ -33,35 +29,16 @@ def written_bank(model: ir.Model, cores: Collection[str], places: int) -> ir.Mod
     Raises:
         ValueError: another operator; `is_written` tells.
     """
-    scale: ir.Value | None = None
-    for node in [node for node in model.graph if node.domain == DOMAIN]:
-        if not node.op_type.startswith(_BANKED):
-            raise ValueError(f"{node.name}: {node.op_type}, expected a linear layer of a bank")
-        x, weight, bias, (place, strength, *_) = parts_of_layer(node)
-        assert place is not None
-        assert strength is not None
-        assert weight.shape is not None
-        assert x.shape is not None
-        rows, columns = weight.shape
-        stack = ir.Value(
-            name=change_name(str(node.name)), type=weight.type, shape=ir.Shape([places + 1, columns, rows])
-        )
-        model.graph.inputs.append(stack)
-        body = Body("fp32")
-        if scale is None:  # one for all layers
-            scale = body.reshape(body.op("CastLike", strength, weight), [-1, 1, 1])
-        change = body.op("Mul", body.op("Gather", stack, place, axis=0), scale)
-        whole = body.op("Add", change, body.transpose(weight, [1, 0]))
-        if x.shape.rank() == 2:  # a row a sample
-            one = body.ints([1])
-            y = body.op("Squeeze", body.matmul(body.op("Unsqueeze", x, one), whole), one)
-        else:
-            y = body.matmul(x, whole)
-        if bias is not None:
-            y = body.op("Add", y, bias)
-        for inner in body.nodes:
-            inner.metadata_props.update(node.metadata_props)
-            inner.outputs[0].name = f"{node.name}.{inner.outputs[0].name}"
-        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
-        replace(model.graph, node.outputs[0], body.nodes)
+    scales: list[ir.Value] = []
+
+    def weights_of(layer: BankedLayer) -> ir.Value:
+        rows, columns = layer.sizes()
+        stack = layer.new_input(model.graph, change_name(layer.path), [places + 1, columns, rows])
+        body = layer.body
+        if not scales:  # one for all layers
+            scales.append(body.reshape(body.op("CastLike", layer.strength, layer.weight), [-1, 1, 1]))
+        change = body.op("Mul", body.op("Gather", stack, layer.place, axis=0), scales[0])
+        return body.op("Add", change, body.transpose(layer.weight, [1, 0]))
+
+    replace_banked(model, weights_of)
     return without_cores(model, cores)
