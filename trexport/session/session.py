@@ -45,10 +45,10 @@ class Session:
 
     All forms are opened: *swappable* (activating computes the weights, a step costs what the merged model's does),
     *factored* (activating copies the cores, a step costs more; on CUDA, unless adapters scale biases, as a swappable
-    one), a *bank* (every sample of a run takes an adapter of its own; on CUDA, where that takes no more memory than the model,
-    with weights for each sample that are written when its adapter or strength is another than in the run before, or, where
-    the batch is free, with whole changes in its places), and merged ones, which take no adapters. A session starts as the
-    base.
+    one), a *bank* (every sample of a run takes an adapter of its own), and merged ones, which take no adapters. A session
+    starts as the base. On CUDA, where that takes no more memory than the model, a bank of a fixed batch has weights for each
+    sample, written before a run where its adapter or strength is another than in the run before; one of a free batch has
+    whole changes in its places.
 
     On CUDA in half precision, ONNX Runtime's group normalisations add in an order of their own: two runs of the same differ,
     whatever is active. With `torch.use_deterministic_algorithms(True)`, set before, a session does without them, and is
