@@ -15,7 +15,12 @@ torch.set_num_threads(1)  # the tensors of the tests are small: threads only wai
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: begun last, one of them would run alone while the other processes have nothing to do."""
+    """What needs a GPU is skipped without one. Files with slow tests first: begun last, one of them would run alone while the
+    other processes have nothing to do."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -108,7 +108,7 @@ def test_the_record_says_what_was_rewritten(merged: Artifact, replaced: Artifact
     assert not adapted & {f"{path}.weight" for path in record.placements} & record.constants().keys()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="our kernels are for CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("profile", ["2x8x8x5", "1x8x8x5,2x8x8x5,4x8x8x5", FREE])
 def test_with_our_kernels_a_package_draws_what_torch_draws(
     profile: str, tmp_path: Path, base: Base, adapter_folder: Path

@@ -13,7 +13,7 @@ from trlora.swap import WeightWriter
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 TLORA = KERNEL[0]
 
