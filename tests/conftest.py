@@ -15,8 +15,8 @@ torch.set_num_threads(1)  # the tensors of the tests are small: threads only wai
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a GPU is skipped without one. Files with slow tests first: begun last, one of them would run alone while the
-    other processes have nothing to do."""
+    """What needs a GPU is skipped without one. Files with slow tests first: begun last, one of them would run alone while
+    the other processes have nothing to do."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

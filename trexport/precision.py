@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -16,13 +18,64 @@ def is_float32(spec: ModelSpec) -> bool:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32(wanted: bool = True) -> Iterator[None]:
     """Products and convolutions of float32 on CUDA without TF32, whose eleven bits are a relative error of 4e-4 of a UNet's
-    step; torch lets cuDNN take it unless told otherwise. The switches are the process's."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = products.fp32_precision, convolutions.fp32_precision
-    products.fp32_precision = convolutions.fp32_precision = "ieee"
+    step; torch lets cuDNN take it unless told otherwise. The switches are the process's: they are as before when the last
+    of several threads has left.
+
+    Args:
+        wanted: do nothing otherwise.
+    """
+    if not wanted:
+        yield
+        return
+    with _MUTEX:
+        if not _INSIDE:
+            _switched_off()
+        _INSIDE.append(None)
     try:
         yield
     finally:
-        products.fp32_precision, convolutions.fp32_precision = before
+        with _MUTEX:
+            _INSIDE.pop()
+            if not _INSIDE:
+                _BEFORE.pop()()
+
+
+_MUTEX = threading.Lock()
+_INSIDE: list[None] = []
+"""One for each who is inside."""
+_BEFORE: list[Callable[[], None]] = []
+"""What makes the switches as they were."""
+
+
+def _switched_off() -> None:
+    """torch has two ways to say so, and refuses to read the older one, as its compiler and its exporter do, where the newer
+    one says something else."""
+    modules: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    switches: list[Any] = [modules[0], modules[1].conv, modules[1].rnn]
+    older = [_older(module) for module in modules]
+    newer = [switch.fp32_precision for switch in switches]
+    for module, value in zip(modules, older, strict=True):
+        if value is not None:
+            module.allow_tf32 = False
+    for switch in switches:
+        if switch.fp32_precision == "tf32":
+            switch.fp32_precision = "ieee"
+
+    def back() -> None:
+        for module, value in zip(modules, older, strict=True):
+            if value is not None:
+                module.allow_tf32 = value
+        for switch, precision in zip(switches, newer, strict=True):
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+    _BEFORE.append(back)
+
+
+def _older(module: Any) -> bool | None:
+    try:
+        return cast("bool", module.allow_tf32)
+    except RuntimeError:
+        return None

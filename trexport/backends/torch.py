@@ -22,7 +22,7 @@ from trexport.backends.base import (
 from trexport.cuda_graph import captured
 from trexport.errors import MissingError
 from trexport.models.model import attach_all_, load_model, merge_into_, outputs_of, spread_timestep
-from trexport.precision import full_float32
+from trexport.precision import full_float32, is_float32
 
 
 @final
@@ -65,7 +65,7 @@ class _TorchRunner(Runner):
         return Step(graph.replay, inputs, buffers)
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode(), full_float32(is_float32(self.spec)):
             outputs = outputs_of(self._model, inputs)
         return {tensor.name: output for tensor, output in zip(self.spec.outputs, outputs, strict=True)}
 

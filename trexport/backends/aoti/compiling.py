@@ -23,6 +23,7 @@ from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec, parts_o
 from trexport.models.bank import Choice
 from trexport.models.fused import FuseReport, join_
 from trexport.models.model import outputs_of
+from trexport.precision import full_float32, is_float32
 from trexport.profile import Profile
 from trexport.progress import Progress
 
@@ -72,7 +73,7 @@ def compiled(
     Raises:
         Exception: tracer, compiler and linker each have their own.
     """
-    with quiet(), own_cache(), torch.no_grad():
+    with quiet(), own_cache(), torch.no_grad(), full_float32(is_float32(spec)):  # which the compiler asks for too
         with progress.task("trace"):
             shapes = _dynamic_shapes(spec, profile, multiple)
             given = dict(feeds)

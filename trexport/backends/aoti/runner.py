@@ -14,7 +14,7 @@ from trexport.cuda_graph import captured
 from trexport.errors import ArtifactError, RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.model import DTYPES, fitted, sizes_of
-from trexport.precision import full_float32
+from trexport.precision import full_float32, is_float32
 
 MULTIPLE = "height_width_multiple"
 """Where a record's settings say what height and width are multiples of."""
@@ -89,7 +89,8 @@ class AotInductorRunner(Runner):
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            with torch.no_grad(), full_float32():  # not inference mode: whoever has the output may write into it
+            # not inference mode: whoever has the output may write into it
+            with torch.no_grad(), full_float32(is_float32(self.spec)):
                 found = self._model(**inputs, **self._given)
         except RuntimeError as error:
             raise RunError(f"aotinductor did not run the model: {_first_line(error)}") from error
