@@ -13,8 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from benchmarks.engines import build_all
 from benchmarks.forms_sd15 import ADAPTER
 from benchmarks.merge_sd15 import write_base
@@ -25,7 +23,7 @@ from trexport.bench.forms import cost_of, file_for
 from trexport.bench.run import BenchOptions, bench
 from trexport.graph.export import ExportOptions
 from trexport.graph.factored import FactoredOptions
-from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, Dtype
+from trexport.io_spec import Dtype
 from trexport.models.adapters import open_adapters
 from trexport.models.architectures import default_sizes
 from trexport.models.base import Base, open_base
@@ -55,15 +53,11 @@ def run(base: Base, folder: Path, device: Device, dtype: Dtype, places: int, lev
     build = build_all(base.folder, folder, exports, device, level)
     engines = {form: open_artifact(folder / form, verify=False) for form in forms}
     many = [replace(adapter, name=f"{adapter.name} {place}") for place in range(1, places + 1)]
-    bank = file_for(engines["bank"], many, device)
+    bank = file_for(engines["bank"], many, device, range(places))
     merged = file_for(engines["merged"], [adapter], device)
     assert isinstance(bank, EngineFile)
     assert isinstance(merged, EngineFile)
-    chosen = {
-        ADAPTER_INDEX: torch.arange(1, places + 1),
-        ADAPTER_STRENGTH: torch.full((places,), adapter.strength),
-    }
-    files = {"merged": merged, f"bank of {places}": replace(bank, constants={**bank.constants, **chosen})}
+    files = {"merged": merged, f"bank of {places}": bank}
     options = BenchOptions(("aotinductor",), dtype=dtype, warm_up=5, iterations=40, sizes=fixed)
     report = bench(base, [adapter], {}, device, options, engines=files)
     del files, bank, merged

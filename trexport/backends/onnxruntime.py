@@ -25,8 +25,8 @@ from trexport.errors import ArtifactError, MissingError, RunError
 from trexport.graph.layout import takes_nhwc
 from trexport.graph.ort_graph import OrtGraph, ort_graph, usual_passes
 from trexport.io_spec import ModelSpec
+from trexport.models.float32 import is_float32
 from trexport.models.model import DTYPES, sizes_of, spread_timestep
-from trexport.precision import is_float32
 
 _PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = "install trexport[onnxruntime] for the CPU, or trexport[onnxruntime-gpu] for CUDA"

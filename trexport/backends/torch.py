@@ -21,8 +21,8 @@ from trexport.backends.base import (
 )
 from trexport.cuda_graph import captured
 from trexport.errors import MissingError
+from trexport.models.float32 import full_float32, is_float32
 from trexport.models.model import attach_all_, load_model, merge_into_, outputs_of, spread_timestep
-from trexport.precision import full_float32, is_float32
 
 
 @final

@@ -33,6 +33,7 @@ class FormCost:
     swap_ms: float
     """To go on with another adapter: of a merged model, loading another one."""
     model_bytes: int
+    """Of the artifact's files, and what a bank holds for its samples."""
     adapter_bytes: int
     """That each adapter adds in memory: of a merged model, a model."""
     swapped_by: str | None = None
@@ -127,7 +128,8 @@ def cost_of(artifact: Artifact, adapters: Sequence[BoundAdapter], device: Device
         _finish(device)
         times.append(1e3 * (time.perf_counter() - start))
     if isinstance(form, AbstractBank):
-        size = form.held_bytes()
+        model += form.sample_bytes()
+        size = form.adapter_bytes()
     else:
         size = sum(tensor.nbytes for tensor in slots_of(artifact)[0].neutral().values())
     by = None if form.report is None else str(form.report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -39,6 +39,13 @@ class Who:
         if self.chosen is None or "batch_size" not in io.free_axes:
             return sizes
         return sizes | {"batch_size": max(sizes["batch_size"], min(len(self.chosen), 63))}
+
+    def in_batches(self, io: ModelSpec) -> list[Who]:
+        """The same in turns, where a fixed batch has no room for every adapter."""
+        batch = io.fixed_sizes().get("batch_size")
+        if self.chosen is None or batch is None:
+            return [self]
+        return [replace(self, chosen=self.chosen[start : start + batch]) for start in range(0, len(self.chosen), batch)]
 
     def among(self, adapters: Sequence[BoundAdapter]) -> list[BoundAdapter]:
         """The adapters that it draws with."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from trexport.backends import Device
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import Base
+from trexport.models.float32 import full_float32
 from trexport.models.model import attach_all_, load_model, outputs_of, spread_timestep, with_offsets
-from trexport.precision import full_float32
 from trexport.progress import SILENT, Progress
 from trlora import adapted_modules, set_strengths_
 

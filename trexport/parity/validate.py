@@ -115,21 +115,22 @@ def validate(
     if is_written(artifact, device):
         of_session = replace(_IN_SESSION, chosen=groups[-1].chosen)  # of a bank, each sample its own
         with progress.task(of_session.label):
-            try:
-                in_session = source_in_session(artifact, adapters, device, of_session.chosen)
-            except (
-                ArtifactError
-            ) as error:  # weights that are not finite; the file's own steps are to be told all the same
-                failures.append(f"{of_session.label}: {error}")
-            else:
-                groups = [*groups, of_session]
+            for who in of_session.in_batches(manifest.io):
+                try:
+                    in_session = source_in_session(artifact, adapters, device, who.chosen)
+                except ArtifactError as error:
+                    # weights that are not finite; the file's own steps are to be told all the same
+                    failures.append(f"{of_session.label}: {error}")
+                    break
                 with backend.load(in_session, device) as runner:
                     for shape in shapes:
-                        sizes = of_session.sizes(shape, manifest.io)
+                        sizes = who.sizes(shape, manifest.io)
                         timestep, seed = options.timesteps[0], options.seeds[0]
                         feeds = _feeds(manifest.io, sizes, sample, seed, timestep)
-                        step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, of_session)
+                        step = compare_step(runner, reference, manifest.io, feeds, sizes, timestep, seed, who)
                         steps.append(step)
+            else:
+                groups = [*groups, of_session]
     elsewhere = any(adapter.strength for adapter in adapters if not adapter.on_base)  # shown by what it is on
     shown = False
     for number, who in enumerate(groups):

@@ -127,11 +127,15 @@ class AbstractBank(AdapterForm):
 
     @abstractmethod
     def rewrite(self, prepared: Prepared, strength: float) -> None:
-        """Write an adapter for one sample, whether or not it is there: what one change costs."""
+        """Write an adapter so that every sample can be drawn with it, whether or not it is there: what a change costs."""
 
     @abstractmethod
-    def held_bytes(self) -> int:
-        """What one adapter takes in the buffers."""
+    def adapter_bytes(self) -> int:
+        """What each adapter takes that is held."""
+
+    def sample_bytes(self) -> int:
+        """What the samples take, however many adapters there are."""
+        return 0
 
     def write(self, active: Sequence[tuple[Prepared, float]]) -> None:
         """What is active is chosen for every sample, as many as are known to come."""
@@ -141,8 +145,9 @@ class AbstractBank(AdapterForm):
 
 
 class PlacedBank(AbstractBank):
-    """A bank with places that the graph chooses from by number. Adapters stay in theirs until others need them, the one
-    that was put there or used least recently first."""
+    """A bank with places that the graph chooses from by number. Adapters stay in theirs until others need them. Of those
+    that a batch does not ask for, the one gives way that was put there first; batches that find all in place change no
+    order, others move what they find to the end."""
 
     def __init__(self, places: int) -> None:
         self.places = places
@@ -191,7 +196,7 @@ class PlacedBank(AbstractBank):
         self.put(1, prepared)
         self._places[prepared.name] = (1, prepared)
 
-    def held_bytes(self) -> int:
+    def adapter_bytes(self) -> int:
         return sum(stack[0].nbytes for stack in self.buffers.values())
 
     def _lies(self, prepared: Prepared) -> bool:

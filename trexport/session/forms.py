@@ -131,8 +131,8 @@ def written_form(artifact: Artifact, factored: Factored, device: Device) -> Writ
 
 
 def _rows_of_bank(artifact: Artifact, factored: Factored) -> int | None:
-    """How a bank is written: with weights for so many samples, where the batch is fixed; with 0 of them, but a change in
-    every place, where it is free; None where neither fits into as much memory as the model takes."""
+    """How a bank is written: with weights for so many samples, where the batch is fixed and they fit; with 0 of them, but a
+    change in every place; None where these stacks do not fit into as much memory as the model takes either."""
     (slot,) = factored.slots
     shapes = layer_shapes(artifact)
     elements = sum(math.prod(shapes[path]) for path in slot.layers)

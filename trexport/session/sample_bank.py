@@ -71,11 +71,15 @@ class SampleBank(AbstractBank):
         return self._unread
 
     def rewrite(self, prepared: Prepared, strength: float) -> None:
-        self._write([0], (prepared, strength))
+        self._write(range(self.batch), (prepared, strength))
         finish(self.buffers)
 
-    def held_bytes(self) -> int:
-        return sum(weight.nbytes for weight in self._weights.values())
+    def adapter_bytes(self) -> int:
+        (slot,) = self.slots()
+        return sum(tensor.nbytes for tensor in slot.neutral().values())
+
+    def sample_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in [*self._weights.values(), *self.buffers.values()])
 
     def _write(self, rows: Sequence[int], sample: Sample) -> None:
         for row in rows:

@@ -195,8 +195,8 @@ class Session:
             RunError: the runtime broke off.
         """
         self._check_open()
-        given = self._checked(feeds)
-        if self._bank is None:
+        given, bank = self._checked(feeds), self._bank
+        if bank is None:
             if adapters is not None or strengths is not None:
                 raise UsageError(
                     "an adapter for each sample needs a bank (trexport onnx --factored --bank); use activate"
@@ -207,19 +207,20 @@ class Session:
             if strengths is not None:
                 raise UsageError("strengths given without adapters")
             count = batch_of(self.spec, given)
-            return self._run_samples(given, lambda: self._uniform(count))
+            return self._run_samples(bank, given, lambda: self._uniform(count))
         batch = batch_of(self.spec, given)
         names, scales = _one_a_sample("adapters", adapters, batch), [None] * batch if strengths is None else strengths
         scales = _one_a_sample("strengths", scales, batch)
         distinct = [name for name in dict.fromkeys(names) if name is not None]
-        if len(distinct) > self._bank.places:
-            raise UsageError(f"{len(distinct)} adapters in one batch, this bank holds {self._bank.places}")
-        wanted = {name: self._store.get(name, distinct) for name in distinct}
+        if len(distinct) > bank.places:
+            raise UsageError(f"{len(distinct)} adapters in one batch, this bank holds {bank.places}")
+        active = {prepared.name: prepared for prepared, _ in self._active}  # which may have left the others
+        wanted = {name: active.get(name) or self._store.get(name, distinct) for name in distinct}
         samples: list[Sample] = [
             None if name is None else (wanted[name], _strength(name, wanted[name].strength if scale is None else scale))
             for name, scale in zip(names, scales, strict=True)
         ]
-        return self._run_samples(given, lambda: samples)
+        return self._run_samples(bank, given, lambda: samples)
 
     def step(self, feeds: Mapping[str, Tensor]) -> Step:
         """A step on fixed inputs, for measuring: with what is active when it runs (of a bank, when it was made, until a run
@@ -302,10 +303,10 @@ class Session:
         with self._queue:
             return self._runner(feeds)
 
-    def _run_samples(self, feeds: Mapping[str, Tensor], samples: Callable[[], Sequence[Sample]]) -> dict[str, Tensor]:
-        """A bank with each sample as `samples`, which is called under the lock, has it."""
-        bank = self._bank
-        assert bank is not None
+    def _run_samples(
+        self, bank: AbstractBank, feeds: Mapping[str, Tensor], samples: Callable[[], Sequence[Sample]]
+    ) -> dict[str, Tensor]:
+        """Each sample as `samples`, which is called under the lock, has it."""
         with self._lock.read():
             self._check_open()
             given = bank.chosen(samples())

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.helpers import bits
 from tests.trexport.contrib import evaluated
 from tests.trexport.helpers import SIZES, drawn_by_torch, write_overflowing
+from trexport.adapter_file import factored_of
 from trexport.artifact import Artifact, open_artifact
 from trexport.backends import OnnxFile
 from trexport.bench.forms import cost_of, file_for
@@ -190,6 +191,34 @@ def test_threads_draw_each_their_own(session: Session) -> None:
     assert wrong == []
 
 
+def test_an_active_adapter_that_has_left_is_not_written_again(bank: Artifact, written: list[list[float]]) -> None:
+    with Session(bank, capacity=2) as session:
+        for name, argument in ADAPTERS.items():
+            session.load_adapter(name, argument)
+        session.activate({"a": 1.0})
+        drawn(session, ["b", "c", None])
+        assert "a" not in session.resident
+        drawn(session, ["a", "a", "a"], [1.0, 1.0, 1.0])
+        count = len(written)
+        session.run(random_feeds(session.spec, FIXED, seed=4))
+        drawn(session, ["a", "a", "a"], [1.0, 1.0, 1.0])
+        assert len(written) == count
+
+
+def test_a_batch_of_fewer_samples_than_adapters_is_proved_in_turns(base: Base, tmp_path: Path) -> None:
+    options = ExportOptions(factored=FactoredOptions(blank=True, bank=2), fixed=SIZES | {"batch_size": 1})
+    export_onnx(base, open_adapters([ADAPTERS["a"]], base), tmp_path / "bank", options)
+    artifact = open_artifact(tmp_path / "bank")
+    assert type(form_of(artifact, "cpu")) is SampleBank
+    quick = ValidateOptions((10,), (0,), 0)
+    report = validate(artifact, base, open_adapters([ADAPTERS["a"], ADAPTERS["b"]], base), "cpu", quick)
+    assert report.passed, report.failures
+    assert [step.who for step in report.steps].count("in a session") == 3
+    huge = write_overflowing(base, tmp_path / "huge")
+    report = validate(artifact, base, open_adapters([ADAPTERS["a"], str(huge)], base), "cpu", quick)
+    assert any(failure.startswith("in a session: ") and "not finite" in failure for failure in report.failures)
+
+
 def test_a_step_for_measuring(session: Session) -> None:
     feeds = random_feeds(session.spec, FIXED, seed=4)
     session.activate({"b": 0.5})
@@ -266,8 +295,11 @@ def test_measured_beside_the_merged_model_at_what_a_change_costs(bank: Artifact,
     assert report.results[0].relative_l2 <= 1e-5
     result = BackendResult("", Latency.of([1.0]), 1.0, 0.1, 0.0, 0, 0.0, None)
     cost = cost_of(bank, adapters, "cpu", result)
-    slot = {path.removesuffix(".samples"): stack for path, stack in file.constants.items() if path.endswith(".samples")}
-    assert cost.adapter_bytes == sum(stack[0].nbytes for stack in slot.values())
+    (slot,) = factored_of(bank).slots
+    assert cost.adapter_bytes == sum(tensor.nbytes for tensor in slot.neutral().values())
+    files = sum((bank.folder / name).stat().st_size for name in bank.manifest.files)
+    stacks = [tensor for name, tensor in file.constants.items() if name.endswith(".samples")]
+    assert cost.model_bytes == files + sum(stack.nbytes + stack[0].nbytes for stack in stacks)
     assert cost.swap_ms > 0
     assert cost.swapped_by is not None
 

@@ -21,9 +21,9 @@ from trexport.backends.aoti.quiet import quiet
 from trexport.backends.aoti.runner import weight_input
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH, ModelSpec, parts_of
 from trexport.models.bank import Choice
+from trexport.models.float32 import full_float32, is_float32
 from trexport.models.fused import FuseReport, join_
 from trexport.models.model import outputs_of
-from trexport.precision import full_float32, is_float32
 from trexport.profile import Profile
 from trexport.progress import Progress
 

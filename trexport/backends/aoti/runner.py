@@ -13,8 +13,8 @@ from trexport.backends.base import Device, EngineFile, Runner, Step
 from trexport.cuda_graph import captured
 from trexport.errors import ArtifactError, RunError, UsageError
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
+from trexport.models.float32 import full_float32, is_float32
 from trexport.models.model import DTYPES, fitted, sizes_of
-from trexport.precision import full_float32, is_float32
 
 MULTIPLE = "height_width_multiple"
 """Where a record's settings say what height and width are multiples of."""

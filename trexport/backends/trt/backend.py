@@ -25,7 +25,7 @@ from trexport.backends.base import (
     Source,
     TorchModel,
 )
-from trexport.backends.trt.build import build, flags_of
+from trexport.backends.trt.build import build, cleared_flags, flags_of
 from trexport.backends.trt.refit import refit
 from trexport.backends.trt.runner import TensorRtRunner
 from trexport.errors import MissingError, UsageError
@@ -89,6 +89,7 @@ class TrtBackend(EngineBackend):
         report = build(trt, source, folder / self.file_name, options, progress)
         settings: dict[str, Any] = {
             "flags": flags_of(options),
+            "cleared_flags": cleared_flags(source),
             "strip": options.strip,
             "builder_optimization_level": options.optimization_level,
             "workspace_bytes": options.workspace_bytes,

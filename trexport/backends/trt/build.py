@@ -10,7 +10,7 @@ from trexport.backends.base import BuildReport, EngineOptions, OnnxFile
 from trexport.backends.trt.log import monitor, quiet_logger
 from trexport.backends.trt.report import layers_of_inspection, layers_of_network
 from trexport.errors import ExportError
-from trexport.precision import is_float32
+from trexport.models.float32 import is_float32
 from trexport.profile import Profile
 from trexport.progress import Progress
 from trlora.files import atomic_file
@@ -107,8 +107,8 @@ def _config(trt: Any, builder: Any, network: Any, source: OnnxFile, options: Eng
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
     for name in flags_of(options):
         config.set_flag(getattr(trt.BuilderFlag, name))
-    if is_float32(source.spec):
-        config.clear_flag(trt.BuilderFlag.TF32)  # which is set unless it is cleared
+    for name in cleared_flags(source):
+        config.clear_flag(getattr(trt.BuilderFlag, name))
     if options.timing_cache is not None:
         stored = options.timing_cache.read_bytes() if options.timing_cache.is_file() else b""
         # a cache of another GPU or version is refused by the builder, and a new one begun
@@ -131,6 +131,11 @@ def flags_of(options: EngineOptions) -> list[str]:
     if options.strip:
         flags.append("STRIP_PLAN")
     return flags
+
+
+def cleared_flags(source: OnnxFile) -> list[str]:
+    """Those that the builder sets of itself: a model in float32 is to be computed in float32."""
+    return ["TF32"] if is_float32(source.spec) else []
 
 
 def _loaded(trt: Any, serialized: Any, logger: Any) -> Any:

@@ -182,7 +182,10 @@ class AdapterServer:
         if not self._limits.timesteps:
             feeds["timestep"] = feeds["timestep"][0]
         if self._limits.bank is not None:
-            chosen = [row.choice[0] if row.choice else (None, None) for row in filled]
+            chosen = [row.choice[0] if row.choice else (None, None) for row in run]
+            chosen += [(None, None)] * (
+                len(filled) - len(run)
+            )  # nobody looks at those, and nothing is written for them
             return self._session.run(feeds, adapters=[name for name, _ in chosen], strengths=[s for _, s in chosen])
         if run[0].choice != self._active:
             self._active = None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.trexport.helpers import SIZES, leftovers, run_cli
 from trexport.artifact import Artifact, open_artifact
-from trexport.backends import BACKENDS, EngineOptions, EngineRecord, engine_backend_of
+from trexport.backends import BACKENDS, EngineOptions, EngineRecord, OnnxFile, engine_backend_of
+from trexport.backends.trt.build import _config
 from trexport.engine import build_engine, default_profile
 from trexport.errors import ExportError, MissingError, UsageError
 from trexport.graph.export import ExportOptions, export_onnx
@@ -58,6 +60,17 @@ def test_the_artifact(merged: Artifact, onnx_artifact: Artifact) -> None:
     assert report["size_bytes"] == (merged.folder / record.file).stat().st_size > 1e6
     assert "CONVOLUTION" in {layer["type"] for layer in report["layers"]}
     assert report["seconds"] > 0
+    assert record.settings["cleared_flags"] == ["TF32"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_float32_is_no_tf32(half: bool, onnx_artifact: Artifact, half_artifact: Artifact) -> None:
+    artifact = half_artifact if half else onnx_artifact
+    trt: Any = pytest.importorskip("tensorrt_rtx")
+    builder = trt.Builder(trt.Logger())
+    network = builder.create_network()
+    config = _config(trt, builder, network, OnnxFile(artifact.onnx_path, artifact.manifest.io), EngineOptions(()))
+    assert config.get_flag(trt.BuilderFlag.TF32) == half  # set by the builder itself
 
 
 @pytest.fixture(scope="module")

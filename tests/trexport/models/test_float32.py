@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.trexport.helpers import SIZES
-from trexport.backends import BACKENDS, TorchModel
+from trexport.artifact import Artifact
+from trexport.backends import BACKENDS, OnnxFile, TorchModel, onnxruntime
+from trexport.backends.aoti.runner import AotInductorRunner
 from trexport.backends.onnxruntime import exact
 from trexport.models.base import Base
+from trexport.models.float32 import full_float32
 from trexport.models.model import random_feeds
 from trexport.parity.reference import Reference
-from trexport.precision import full_float32
 
 PRODUCTS: Any = torch.backends.cuda.matmul
 CUDNN: Any = torch.backends.cudnn
@@ -28,13 +31,14 @@ def in_tf32() -> list[bool]:
 def told() -> list[Any]:
     """What every switch says, the older ones too, which torch reads itself; an error is an answer."""
 
-    def asked(module: Any) -> Any:
+    def asked(ask: Callable[[], Any]) -> Any:
         try:
-            return module.allow_tf32
+            return ask()
         except RuntimeError:
             return "refused"
 
-    return [PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision, asked(PRODUCTS), asked(CUDNN)]
+    older = [torch.get_float32_matmul_precision, lambda: PRODUCTS.allow_tf32, lambda: CUDNN.allow_tf32]
+    return [PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision, *(asked(ask) for ask in older)]
 
 
 @pytest.fixture
@@ -44,12 +48,21 @@ def untouched() -> Iterator[None]:
     yield
     PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision = "none", "tf32"
     torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
-    PRODUCTS.allow_tf32, CUDNN.allow_tf32 = False, True
+    torch.set_float32_matmul_precision("highest")
+    CUDNN.allow_tf32 = True
     assert (PRODUCTS.allow_tf32, CUDNN.allow_tf32) == (False, True)
 
 
 def by_the_older() -> None:
     PRODUCTS.allow_tf32 = True
+
+
+def high() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def medium() -> None:
+    torch.set_float32_matmul_precision("medium")
 
 
 def by_the_newer() -> None:
@@ -67,7 +80,9 @@ def off_for_convolutions() -> None:
 def nothing() -> None: ...
 
 
-@pytest.mark.parametrize("set_", [nothing, by_the_older, by_the_newer, for_everything, off_for_convolutions])
+@pytest.mark.parametrize(
+    "set_", [nothing, by_the_older, high, medium, by_the_newer, for_everything, off_for_convolutions]
+)
 @pytest.mark.usefixtures("untouched")
 def test_the_switches_are_as_before_afterwards(set_: Callable[[], None]) -> None:
     set_()
@@ -78,11 +93,11 @@ def test_the_switches_are_as_before_afterwards(set_: Callable[[], None]) -> None
 
 
 def _fail_with_full_float32() -> None:
-    answered = [one for one in told()[2:] if one != "refused"]
+    refused = "refused" in told()
     with full_float32():
         assert in_tf32() == [False, False]
-        if len(answered) == 2:  # who asks by the older switches, as torch's compiler and exporter do, is answered
-            assert told()[2:] == [False, False]
+        if not refused:  # who asks by the older switches, as torch's compiler and exporter do, is answered
+            assert told()[2:] == ["highest", False, False]
             with CUDNN.flags(enabled=False):
                 pass
         raise KeyError
@@ -99,6 +114,21 @@ def test_several_at_once() -> None:
     assert told() == before
     with full_float32(wanted=False):
         assert told() == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_packages_are_run_with_them(base: Base, dtype: Any) -> None:
+    seen: list[list[bool]] = []
+
+    def package(**inputs: Tensor) -> Tensor:
+        seen.append(in_tf32())
+        return torch.zeros(1)
+
+    runner = object.__new__(AotInductorRunner)
+    runner.spec, runner.device = base.architecture.spec(dtype), "cpu"
+    runner._model, runner._given = package, {}
+    runner._run({})
+    assert seen == [[False, dtype == "fp16"]]
 
 
 def test_torch_and_the_reference_compute_with_them(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +148,26 @@ def test_torch_and_the_reference_compute_with_them(base: Base, monkeypatch: pyte
     Reference(base, [], "cpu").plain(feeds)
     assert 0 < of_torch < len(seen)
     assert all(one == [False, False] for one in seen)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_onnx_runtime_s_cuda_provider_is_told(
+    half: bool, onnx_artifact: Artifact, half_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the graph is rewritten or not."""
+    artifact = half_artifact if half else onnx_artifact
+    told: list[Any] = []
+    opened = onnxruntime.open_session
+
+    def spied(*args: Any, **options: Any) -> Any:
+        told.append(options["provider"].get("use_tf32"))
+        return opened(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "open_session", spied)
+    source = OnnxFile(artifact.onnx_path, artifact.manifest.io)
+    for passes in ((), ("neutral",)):
+        onnxruntime.OnnxRuntime(passes=passes).load(source, "cpu").close()
+    assert told == ([None, None] if half else ["0", "0"])
 
 
 @pytest.mark.parametrize(("dtype", "options"), [("fp32", {"use_tf32": "0"}), ("fp16", {}), ("bf16", {})])

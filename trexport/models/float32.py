@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,22 +51,25 @@ _BEFORE: list[Callable[[], None]] = []
 
 def _switched_off() -> None:
     """torch has two ways to say so, and refuses to read the older one, as its compiler and its exporter do, where the newer
-    one says something else."""
-    modules: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    switches: list[Any] = [modules[0], modules[1].conv, modules[1].rnn]
-    older = [_older(module) for module in modules]
+    one says something else: both are set, the older one where it can be read."""
+    cudnn: Any = torch.backends.cudnn
+    switches: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    products = _answer(torch.get_float32_matmul_precision)
+    convolutions = _answer(lambda: cudnn.allow_tf32)
     newer = [switch.fp32_precision for switch in switches]
-    for module, value in zip(modules, older, strict=True):
-        if value is not None:
-            module.allow_tf32 = False
+    if products is not None:
+        torch.set_float32_matmul_precision("highest")
+    if convolutions is not None:
+        cudnn.allow_tf32 = False
     for switch in switches:
         if switch.fp32_precision == "tf32":
             switch.fp32_precision = "ieee"
 
     def back() -> None:
-        for module, value in zip(modules, older, strict=True):
-            if value is not None:
-                module.allow_tf32 = value
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
         for switch, precision in zip(switches, newer, strict=True):
             if switch.fp32_precision != precision:
                 switch.fp32_precision = precision
@@ -74,8 +77,11 @@ def _switched_off() -> None:
     _BEFORE.append(back)
 
 
-def _older(module: Any) -> bool | None:
+_T = TypeVar("_T")
+
+
+def _answer(ask: Callable[[], _T]) -> _T | None:
     try:
-        return cast("bool", module.allow_tf32)
+        return ask()
     except RuntimeError:
         return None
