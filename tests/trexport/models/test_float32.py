@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,16 +43,17 @@ def told() -> list[Any]:
     return [PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision, *(asked(ask) for ask in older)]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
-    """Switches as torch has them at its start."""
-    assert (PRODUCTS.allow_tf32, CUDNN.allow_tf32) == (False, True)
+    """Switches as torch has them at its start, whatever other tests have left."""
+    before = CUDNN.allow_tf32
+    PRODUCTS.allow_tf32, CUDNN.allow_tf32 = False, True
     yield
-    PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision = "none", "tf32"
-    torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+    PRODUCTS.fp32_precision, CONVOLUTIONS.fp32_precision, CUDNN.rnn.fp32_precision = "none", "tf32", "tf32"
     torch.set_float32_matmul_precision("highest")
     CUDNN.allow_tf32 = True
-    assert (PRODUCTS.allow_tf32, CUDNN.allow_tf32) == (False, True)
+    CUDNN.allow_tf32 = before
+    assert (PRODUCTS.allow_tf32, CUDNN.allow_tf32) == (False, before)
 
 
 def by_the_older() -> None:
@@ -69,10 +72,6 @@ def by_the_newer() -> None:
     PRODUCTS.fp32_precision = "tf32"
 
 
-def for_everything() -> None:
-    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
-
-
 def off_for_convolutions() -> None:
     CUDNN.allow_tf32 = False
 
@@ -80,16 +79,28 @@ def off_for_convolutions() -> None:
 def nothing() -> None: ...
 
 
-@pytest.mark.parametrize(
-    "set_", [nothing, by_the_older, high, medium, by_the_newer, for_everything, off_for_convolutions]
-)
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("set_", [nothing, by_the_older, high, medium, by_the_newer, off_for_convolutions])
 def test_the_switches_are_as_before_afterwards(set_: Callable[[], None]) -> None:
     set_()
     before = told()
     with pytest.raises(KeyError):
         _fail_with_full_float32()
     assert told() == before
+
+
+def test_a_switch_for_everything() -> None:
+    """In a process of its own: torch cannot be told to forget it."""
+    lines = (
+        "import torch",
+        "from tests.trexport.models.test_float32 import in_tf32, told",
+        "from trexport.models.float32 import full_float32",
+        "torch.backends.fp32_precision = 'tf32'",
+        "before = told()",
+        "with full_float32(): print(in_tf32())",
+        "print(told() == before)",
+    )
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n") == ["[False, False]", "True", ""]
 
 
 def _fail_with_full_float32() -> None:
@@ -103,7 +114,6 @@ def _fail_with_full_float32() -> None:
         raise KeyError
 
 
-@pytest.mark.usefixtures("untouched")
 def test_several_at_once() -> None:
     before, first, second = told(), full_float32(), full_float32()
     first.__enter__()

@@ -21,6 +21,8 @@ from trexport.bench.forms import cost_of, file_for
 from trexport.bench.report import BackendResult
 from trexport.bench.run import BenchOptions, bench
 from trexport.bench.stats import Latency
+from trexport.deploy.serve.folder import AdapterFolder
+from trexport.deploy.serve.unet import AdapterServer, Asked
 from trexport.errors import ArtifactError, UsageError
 from trexport.graph.export import ExportOptions, export_onnx
 from trexport.graph.factored import FactoredOptions
@@ -203,6 +205,33 @@ def test_an_active_adapter_that_has_left_is_not_written_again(bank: Artifact, wr
         session.run(random_feeds(session.spec, FIXED, seed=4))
         drawn(session, ["a", "a", "a"], [1.0, 1.0, 1.0])
         assert len(written) == count
+
+
+def test_a_server_writes_for_new_adapters_only(
+    bank: Artifact, base: Base, tmp_path: Path, written: list[list[float]]
+) -> None:
+    """Whoever comes first, and however much is to be filled up."""
+    for name in ("a", "b"):
+        (bound,) = open_adapters([ADAPTERS[name]], base)
+        save_adapter(bound.adapter, tmp_path / name)
+    feeds = {
+        name: tensor[:1] if tensor.dim() else tensor.expand(1)
+        for name, tensor in random_feeds(Session(bank).spec, FIXED).items()
+    }
+    asked = {name: Asked(feeds, [[name]]) for name in ("a", "b")}
+    server = AdapterServer(Session(bank), AdapterFolder(tmp_path), BATCH)
+    first = server.answer([asked["a"], asked["b"]])
+    assert len(written) == 2
+    second = server.answer([asked["b"], asked["a"]])
+    server.answer([asked["a"]])
+    assert [weights for weights in written[2:] if weights] == []
+    server.close()
+    for name, one, other in zip(asked, first, second[::-1], strict=True):
+        assert isinstance(one, dict)
+        assert isinstance(other, dict)
+        assert bits(one["out_sample"]) == bits(other["out_sample"])
+        expected = drawn_by_torch(base, [f"{tmp_path / name}"], feeds)
+        assert relative_l2(one["out_sample"], expected) <= 1e-5
 
 
 def test_a_batch_of_fewer_samples_than_adapters_is_proved_in_turns(base: Base, tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ class AdapterServer:
         self, run: Sequence[Row], outputs: dict[int, dict[str, Tensor]], answers: list[Answer | None]
     ) -> None:
         """A run of several requests that fails is run again for each of them, so that only the guilty one fails."""
-        run = [row for row in run if answers[row.request] is None]
+        # in an order that does not depend on who came first: a sample that keeps its adapter is not written again
+        run = sorted((row for row in run if answers[row.request] is None), key=lambda row: repr(row.choice))
         if not run:
             return
         try:
