@@ -30,28 +30,25 @@ def full_float32(wanted: bool = True) -> Iterator[None]:
         yield
         return
     with _MUTEX:
-        if not _INSIDE:
-            _switched_off()
-        _INSIDE.append(None)
+        # the first one inside finds the switches as they were; the others have nothing to make undone
+        _INSIDE.append(_switch_off() if not _INSIDE else _INSIDE[0])
     try:
         yield
     finally:
         with _MUTEX:
-            _INSIDE.pop()
+            switch_back = _INSIDE.pop()
             if not _INSIDE:
-                _BEFORE.pop()()
+                switch_back()
 
 
 _MUTEX = threading.Lock()
-_INSIDE: list[None] = []
-"""One for each who is inside."""
-_BEFORE: list[Callable[[], None]] = []
-"""What makes the switches as they were."""
+_INSIDE: list[Callable[[], None]] = []
+"""For each who is inside what makes the switches as they were before all of them."""
 
 
-def _switched_off() -> None:
-    """torch has two ways to say so, and refuses to read the older one, as its compiler and its exporter do, where the newer
-    one says something else: both are set, the older one where it can be read."""
+def _switch_off() -> Callable[[], None]:
+    """Returns what undoes it. torch has two ways to say so, and refuses to read the older one, as its compiler and its
+    exporter do, where the newer one says something else: both are set, the older one where it can be read."""
     cudnn: Any = torch.backends.cudnn
     switches: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     products = _answer(torch.get_float32_matmul_precision)
@@ -74,7 +71,7 @@ def _switched_off() -> None:
             if switch.fp32_precision != precision:
                 switch.fp32_precision = precision
 
-    _BEFORE.append(back)
+    return back
 
 
 _T = TypeVar("_T")

@@ -126,6 +126,11 @@ class AbstractBank(AdapterForm):
         """
 
     @abstractmethod
+    def fill(self, adapters: Sequence[tuple[Prepared, float]], turns: Sequence[int | None]) -> None:
+        """For who feeds the graph alone: adapters in their order, so that samples can be drawn with those that `turns` names
+        in turn by their numbers, from 0, None being the base."""
+
+    @abstractmethod
     def rewrite(self, prepared: Prepared, strength: float) -> None:
         """Write an adapter so that every sample can be drawn with it, whether or not it is there: what a change costs."""
 
@@ -190,6 +195,10 @@ class PlacedBank(AbstractBank):
         feeds = self.chosen(samples)
         assert feeds is not None
         return feeds
+
+    def fill(self, adapters: Sequence[tuple[Prepared, float]], turns: Sequence[int | None]) -> None:
+        for place, (prepared, _) in enumerate(adapters, 1):  # which of them a sample takes, the graph is told
+            self.put(place, prepared)
 
     def rewrite(self, prepared: Prepared, strength: float) -> None:
         self._places = {}

@@ -114,10 +114,37 @@ class WrittenForm(AdapterForm):
         self._replaced.write(active)
 
 
+class CopiedForm(AdapterForm):
+    """Stacks of whole weights are the buffers: what `ReplacedForm` writes is copied into them."""
+
+    _one: ReplacedForm
+
+    @property
+    def report(self) -> SwapReport | None:
+        return self._one.report
+
+    def slots(self) -> Sequence[Slot]:
+        return self._one.slots()
+
+    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
+        return self._one.prepare(name, adapter)
+
+    def stacks(self, rows: int) -> list[Tensor]:
+        """New ones of the base's weights, in the order of what is written."""
+        return [weight.expand(rows, *weight.shape).clone() for weight in self._one.buffers.values()]
+
+    def copy(self, rows: Sequence[int]) -> None:
+        """What was written last into some rows of the buffers."""
+        for row in rows:
+            stacks = [stack[row] for stack in self.buffers.values()]
+            torch._foreach_copy_(stacks, list(self._one.buffers.values()))
+        finish(self.buffers)
+
+
 @final
-class ReplacedBank(PlacedBank):
-    """Stacks of whole weights are the buffers, the base's own first: an adapter is written as by `ReplacedForm` and copied
-    into its place at strength 1; the engine scales the change.
+class ReplacedBank(CopiedForm, PlacedBank):
+    """Stacks of whole weights, the base's own first: an adapter is written and copied into its place at strength 1; the
+    engine scales the change.
 
     Args:
         slot, pristine, device, placements: as of `ReplacedForm`.
@@ -134,26 +161,11 @@ class ReplacedBank(PlacedBank):
     ) -> None:
         super().__init__(places)
         self._one = ReplacedForm(slot, pristine, device, placements)
-        self.buffers = {
-            name: weight.expand(places + 1, *weight.shape).clone() for name, weight in self._one.buffers.items()
-        }
-
-    @property
-    def report(self) -> SwapReport | None:
-        return self._one.report
-
-    def slots(self) -> Sequence[Slot]:
-        return self._one.slots()
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return self._one.prepare(name, adapter)
+        self.buffers = dict(zip(self._one.buffers, self.stacks(places + 1), strict=True))
 
     def put(self, place: int, prepared: Prepared) -> None:
         self._one.write([(prepared, 1.0)])
-        torch._foreach_copy_(
-            [self.buffers[name][place] for name in self._one.buffers], list(self._one.buffers.values())
-        )
-        finish(self.buffers)
+        self.copy([place])
 
 
 @final

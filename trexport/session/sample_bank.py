@@ -12,14 +12,12 @@ from trexport.backends import Device
 from trexport.graph.ops.slots import Slot
 from trexport.graph.passes.written_samples import samples_name
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
-from trexport.models.adapters import BoundAdapter
 from trexport.session.form import AbstractBank, Prepared, Sample
-from trexport.session.replaced import ReplacedForm, finish
-from trlora.swap import SwapReport
+from trexport.session.replaced import CopiedForm, ReplacedForm
 
 
 @final
-class SampleBank(AbstractBank):
+class SampleBank(CopiedForm, AbstractBank):
     """A bank of a factored model of a fixed batch with a weight for every sample in the place of cores. Samples keep what
     they were drawn with; what a run changes is written before it, at its very strength, as by `ReplacedForm`, and rounded
     once.
@@ -36,23 +34,12 @@ class SampleBank(AbstractBank):
     ) -> None:
         self.places, self.batch, self.graph = places, batch, graph
         self._one = ReplacedForm(slot, pristine, device)
-        self._weights = {samples_name(path): self._one.buffers[f"{path}.weight"] for path in slot.layers}
-        self.buffers = {name: weight.expand(batch, *weight.shape).clone() for name, weight in self._weights.items()}
+        self.buffers = dict(zip(map(samples_name, slot.layers), self.stacks(batch), strict=True))
         self._held: list[Sample | object] = [None] * batch
         self._unread = {
             ADAPTER_INDEX: torch.zeros(batch, dtype=torch.int64),
             ADAPTER_STRENGTH: torch.zeros(batch, dtype=torch.float32),
         }
-
-    @property
-    def report(self) -> SwapReport | None:
-        return self._one.report
-
-    def slots(self) -> Sequence[Slot]:
-        return self._one.slots()
-
-    def prepare(self, name: str, adapter: BoundAdapter) -> Prepared:
-        return self._one.prepare(name, adapter)
 
     def chosen(self, samples: Sequence[Sample]) -> dict[str, Tensor] | None:
         lies = all(_same(held, sample) for held, sample in zip(self._held, samples, strict=True))
@@ -67,26 +54,28 @@ class SampleBank(AbstractBank):
             rows = [row for row in waiting if _same(samples[row], sample)]
             self._write(rows, sample)
             waiting = [row for row in waiting if row not in rows]
-        finish(self.buffers)
         return self._unread
+
+    def fill(self, adapters: Sequence[tuple[Prepared, float]], turns: Sequence[int | None]) -> None:
+        numbers = [turns[row % len(turns)] for row in range(self.batch)]
+        self.choose([None if number is None else adapters[number] for number in numbers])
 
     def rewrite(self, prepared: Prepared, strength: float) -> None:
         self._write(range(self.batch), (prepared, strength))
-        finish(self.buffers)
 
     def adapter_bytes(self) -> int:
         (slot,) = self.slots()
         return sum(tensor.nbytes for tensor in slot.neutral().values())
 
     def sample_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in [*self._weights.values(), *self.buffers.values()])
+        return sum(tensor.nbytes for tensor in [*self._one.buffers.values(), *self.buffers.values()])
 
     def _write(self, rows: Sequence[int], sample: Sample) -> None:
         for row in rows:
             self._held[row] = _NOTHING
         self._one.write([] if sample is None else [sample])
+        self.copy(rows)
         for row in rows:
-            torch._foreach_copy_([self.buffers[name][row] for name in self._weights], list(self._weights.values()))
             self._held[row] = sample
 
 

@@ -15,7 +15,7 @@ from trexport.graph.factored import tensors_of
 from trexport.io_spec import ADAPTER_INDEX, ADAPTER_STRENGTH
 from trexport.models.adapters import BoundAdapter
 from trexport.models.base import open_base
-from trexport.session.form import AbstractBank, AdapterForm, PlacedBank
+from trexport.session.form import AbstractBank, AdapterForm
 from trexport.session.forms import form_of, is_written
 from trexport.session.merge_file import merged_by_file
 
@@ -48,13 +48,7 @@ def _fill(form: AdapterForm, adapters: Sequence[BoundAdapter], chosen: Sequence[
         return
     if len(adapters) > form.places:
         raise UsageError(f"{len(adapters)} adapters given, this bank holds {form.places}")
-    if isinstance(form, PlacedBank):  # whose graph is told what each sample takes
-        for place, (adapter, _) in enumerate(prepared, 1):
-            form.put(place, adapter)
-        return
-    turns = _turns(adapters, chosen)
-    numbers = [turns[row % len(turns)] for row in range(form.batch)]
-    form.choose([None if number is None else prepared[number] for number in numbers])
+    form.fill(prepared, _turns(adapters, chosen))
 
 
 def _turns(adapters: Sequence[BoundAdapter], chosen: Sequence[int | None] | None) -> Sequence[int | None]:

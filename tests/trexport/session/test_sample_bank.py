@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-import safetensors.torch
 from torch import Tensor
 
 from tests.helpers import bits
@@ -290,28 +289,6 @@ def test_it_is_proved_as_a_session_runs_it(bank: Artifact, base: Base, monkeypat
     report = validate(bank, base, adapters, "cpu", options)
     assert not report.passed
     assert all(failure.startswith("in a session: ") for failure in report.failures)
-
-
-def test_a_great_strength_is_rounded_once(base: Base, tmp_path: Path) -> None:
-    """A small adapter at a great strength, in half precision."""
-    (bound,) = open_adapters(["random:lora:3"], base)
-    save_adapter(bound.adapter, tmp_path / "small")
-    file = tmp_path / "small" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    factors = [name for name in tensors if name.endswith("residual.lora_B.weight")]
-    assert factors
-    safetensors.torch.save_file({n: t / 256 if n in factors else t for n, t in tensors.items()}, file)
-    adapters = open_adapters([f"{tmp_path / 'small'}=256"], base)
-    export_onnx(
-        base,
-        adapters,
-        tmp_path / "bank",
-        ExportOptions("fp16", fixed=SIZES, factored=FactoredOptions(blank=True, bank=1)),
-    )
-    artifact = open_artifact(tmp_path / "bank")
-    assert type(form_of(artifact, "cpu")) is SampleBank
-    report = validate(artifact, base, adapters, "cpu", ValidateOptions((10,), (0,), 0, locate=False))
-    assert report.passed, report.failures
 
 
 def test_measured_beside_the_merged_model_at_what_a_change_costs(bank: Artifact, base: Base) -> None:

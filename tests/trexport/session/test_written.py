@@ -29,8 +29,10 @@ from trexport.models.model import random_feeds
 from trexport.parity.metrics import relative_l2
 from trexport.parity.validate import ValidateOptions, validate
 from trexport.session import Session, forms
+from trexport.session.form import AbstractBank
 from trexport.session.forms import BankForm, FactoredForm, form_of
 from trexport.session.replaced import WrittenBank, WrittenForm
+from trexport.session.sample_bank import SampleBank
 from trexport.session.sources import source_in_session
 from trlora import save_adapter
 
@@ -257,8 +259,11 @@ def test_a_bank_is_proved_as_a_session_runs_it_too(bank: Artifact, base: Base, m
     assert all(failure.startswith("in a session: ") for failure in report.failures)
 
 
-def test_a_great_strength_does_not_blow_up_what_rounding_leaves(base: Base, tmp_path: Path) -> None:
-    """A small adapter at a great strength, in half precision: the change is rounded, not the weight."""
+@pytest.mark.parametrize(("fixed", "form"), [(FREE, WrittenBank), (SIZES, SampleBank)])
+def test_a_great_strength_does_not_blow_up_what_rounding_leaves(
+    base: Base, tmp_path: Path, fixed: dict[str, int], form: type[AbstractBank]
+) -> None:
+    """A small adapter at a great strength, in half precision: the change is rounded, or the weight at that strength."""
     (bound,) = open_adapters(["random:lora:3"], base)
     save_adapter(bound.adapter, tmp_path / "small")
     file = tmp_path / "small" / "adapter_model.safetensors"
@@ -267,11 +272,11 @@ def test_a_great_strength_does_not_blow_up_what_rounding_leaves(base: Base, tmp_
     assert factors
     safetensors.torch.save_file({n: t / 256 if n in factors else t for n, t in tensors.items()}, file)
     argument = f"{tmp_path / 'small'}=256"
-    options = ExportOptions("fp16", fixed=FREE, factored=FactoredOptions(blank=True, bank=1))
+    options = ExportOptions("fp16", fixed=fixed, factored=FactoredOptions(blank=True, bank=1))
     adapters = open_adapters([argument], base)
     export_onnx(base, adapters, tmp_path / "bank", options)
     artifact = open_artifact(tmp_path / "bank")
-    assert type(form_of(artifact, "cpu")) is WrittenBank
+    assert type(form_of(artifact, "cpu")) is form
     report = validate(artifact, base, adapters, "cpu", ValidateOptions((10,), (0,), 0, locate=False))
     assert report.passed, report.failures
     of_file, in_session = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_the_artifact(merged: Artifact, onnx_artifact: Artifact) -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_float32_is_no_tf32(half: bool, onnx_artifact: Artifact, half_artifact: Artifact) -> None:
     artifact = half_artifact if half else onnx_artifact
-    trt: Any = pytest.importorskip("tensorrt_rtx")
+    trt: Any = importlib.import_module("tensorrt_rtx")
     builder = trt.Builder(trt.Logger())
     network = builder.create_network()
     config = _config(trt, builder, network, OnnxFile(artifact.onnx_path, artifact.manifest.io), EngineOptions(()))
